@@ -1,0 +1,95 @@
+# Each target does all of its own set-up; `make` alone lists them. Needed beforehand: python3 (3.11 or later) with venv, bash, make.
+# May be given: VENV=folder  PYTHON=python3.12  RANKS=4  TORCH='torch==2.13.0'  TORCH_ARGS='--index-url ...'  ARGS='...'
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PYTHON ?= python3
+RANKS ?= 2
+TORCH_ARGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+READY := $(VENV)/.ready
+CONSTRAINTS := requirements/constraints.txt
+# ranks of a test share the machine's cores, so each has one thread
+TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q
+
+say = @printf '\n== %s\n' $(1)
+
+.PHONY: help setup run test check format lint types imports unit ranks launch exact mutants parity bench doctor clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+
+setup: $(READY) ## the virtual environment in .venv, pinned
+
+$(READY): setup.cfg pyproject.toml $(CONSTRAINTS)
+	$(call say,'set-up: virtual environment in $(VENV)')
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"ringctx needs Python 3.11 or later; this is {sys.version.split()[0]}. Give another: make PYTHON=python3.12")'
+	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	$(call say,'set-up: torch (the largest download)')
+	@torch='$(TORCH)'; [ -n "$$torch" ] || { if nvidia-smi -L >/dev/null 2>&1; then torch='torch>=2.13'; else torch='torch==2.13.0'; fi; }; \
+	  echo "$$torch"; $(PY) -m pip install -q $(TORCH_ARGS) -c $(CONSTRAINTS) "$$torch"
+	$(call say,'set-up: ringctx and what it needs')
+	@$(PY) -m pip install -q -c $(CONSTRAINTS) -e '.[huggingface,dev]'
+	@$(PY) -c 'import torch; print(f"torch {torch.__version__}, {torch.cuda.device_count()} GPU")'
+	@touch $@
+
+run: $(READY) ## ask a real model a question about a real document, over RANKS ranks
+	@VENV=$(VENV) RANKS=$(RANKS) launch/quickstart.sh $(ARGS)
+
+test: check ranks launch ## everything CI runs: check, then tests on ranks and end to end (under 15 minutes on two cores)
+	$(call say,'test: all passed')
+
+check: format lint types imports unit ## format, lint, types, import direction, unit tests (under a minute)
+
+format: $(READY)
+	$(call say,'format')
+	@$(BIN)/ruff format --check .
+
+lint: $(READY)
+	$(call say,'lint')
+	@$(BIN)/ruff check .
+
+types: $(READY)
+	$(call say,'types')
+	@$(BIN)/mypy
+
+imports: $(READY)
+	$(call say,'import direction')
+	@$(BIN)/lint-imports --no-logo
+
+unit: $(READY)
+	$(call say,'tests/unit')
+	@$(TESTS) -m 'not slow and not gpu' tests/unit $(ARGS)
+
+ranks: $(READY) ## tests on a pool of gloo ranks
+	$(call say,'tests/ranks')
+	@$(TESTS) -m 'not slow and not gpu' tests/ranks $(ARGS)
+
+launch: $(READY) ## tests through torchrun, end to end
+	$(call say,'tests/launch')
+	@$(TESTS) -m 'not slow and not gpu' tests/launch $(ARGS)
+
+exact: $(READY) ## every case against the float64 oracle; hours, resumable: ARGS='--help'
+	@OMP_NUM_THREADS=1 $(PY) -m tests.exact $(ARGS)
+
+mutants: $(READY) ## break the code in many ways; every break must be noticed
+	@OMP_NUM_THREADS=1 $(PY) -m tests.mutants $(ARGS)
+
+parity: $(READY) ## greedy tokens on 1 to 4 ranks against transformers' own generate
+	@OMP_NUM_THREADS=1 $(PY) -m tests.parity $(ARGS)
+
+bench: $(READY) ## the measurements of docs/results, rerun
+	@$(BIN)/ringctx bench $(ARGS)
+
+doctor: $(READY) ## what this machine can run, and why not the rest
+	@$(BIN)/ringctx doctor
+
+clean: ## remove the virtual environment and caches (weights in ~/.cache/ringctx stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find ringctx tests launch -name __pycache__ -type d -prune -exec rm -rf {} +

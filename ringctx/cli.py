@@ -1,0 +1,149 @@
+"""`ringctx …`: each command parses what was typed and delegates. The only place that reads RINGCTX_ variables or writes to the terminal.
+
+Exit codes: 0 done · 2 the request was wrong · 3 a rank or link failed · 1 a bug.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ringctx import config as configuration
+from ringctx import logs
+from ringctx.config import Config
+from ringctx.errors import ConfigError, RankLost, RingctxError
+from ringctx.runtime import launch
+from ringctx.runtime.launch import EXIT_BUG, EXIT_REQUEST, End
+
+if TYPE_CHECKING:
+    from ringctx.core.ring import Ring
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ringctx", prog_name="ringctx")
+@click.option("--verbose", "-v", is_flag=True, help="Say what is chosen and why.")
+@click.pass_context
+def ringctx(context: click.Context, verbose: bool) -> None:
+    """Exact attention over documents that do not fit on one device."""
+    context.obj = "debug" if verbose else "info"
+
+
+@ringctx.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--document", type=click.Path(path_type=Path), help="The text to read: .txt, or .gz of it.")
+@click.option("--question", help="What to ask about it.")
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line; the text streams to stderr.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@click.option("--print-config", is_flag=True, help="Print the configuration with its overrides, and stop.")
+@click.pass_obj
+def generate(
+    level: str,
+    config: Path,
+    document: Path | None,
+    question: str | None,
+    ranks: int | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+    print_config: bool,
+) -> int:
+    """Read a document over the ring and answer a question about it."""
+    began = time.perf_counter()
+    loaded = configuration.load(config, overrides)
+    if print_config:
+        click.echo(configuration.dump(loaded), nl=False)
+        return 0
+    if document is None or question is None:
+        missing = "--document FILE" if document is None else "--question TEXT"
+        raise ConfigError(f"`ringctx generate` needs {missing}: the text to read and what to ask about it.")
+    text = read_document(document)
+    if not launch.is_rank() and (ranks or 1) > 1:
+        return _launch(ranks or 1, loaded, level)
+    with _ring(loaded, ranks, level) as ring:
+        from ringctx.runtime.terminal import answer
+
+        answer(loaded, ring, text, question, as_json=as_json, began=began)
+    return 0
+
+
+def read_document(path: Path) -> str:
+    """The text of a .txt or .gz file. Raises ConfigError when it cannot be read or is empty."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8")
+    except (OSError, EOFError) as error:
+        raise ConfigError(f"Cannot read the document {str(path)!r}: {getattr(error, 'strerror', None) or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The document {str(path)!r} is not text in UTF-8 (byte {error.start}); convert it first.") from error
+    if not text.strip():
+        raise ConfigError(f"The document {str(path)!r} is empty; give one with text.")
+    return text
+
+
+def _launch(num_ranks: int, config: Config, level: str) -> int:
+    """Run this very command on several ranks. Weights are fetched first, so that the ranks find them."""
+    from ringctx.runtime import weights
+
+    logs.install(level=level)
+    if not weights.is_ready(config.model.path):
+        weights.checkpoint(config.model.path)
+    return launch.run(num_ranks, sys.argv[1:])
+
+
+@contextmanager
+def _ring(config: Config, ranks: int | None, level: str) -> Iterator[Ring]:
+    """The ring of this process, alone or with the ranks that a launcher started."""
+    from ringctx.core.ring import Ring
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if launch.is_rank() and ranks is not None and ranks != size:
+        raise ConfigError(f"--ranks {ranks} was given, but torchrun started {size} ranks; leave --ranks out under torchrun.")
+    logs.install(int(os.environ.get("RANK", "0")), size, level=level)
+    with Ring.from_env(timeout=config.ring.timeout, strict=config.ring.strict) as ring:
+        yield ring
+
+
+class _Stopped(RankLost):
+    """The launcher told this rank to stop because another one had failed."""
+
+
+def _stop(*_: object) -> None:
+    raise _Stopped(f"Rank {os.environ.get('RANK', '0')} was stopped (SIGTERM): another rank had failed, or the job was cancelled.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code. An error made on purpose is one sentence, a bug is a traceback."""
+    rank = int(os.environ.get("RANK", "0"))
+    if launch.is_rank():
+        signal.signal(signal.SIGTERM, _stop)
+    try:
+        return int(ringctx.main(arguments, prog_name="ringctx", standalone_mode=False) or 0)
+    except click.exceptions.Abort:
+        return 128 + int(signal.SIGINT)
+    except click.ClickException as error:
+        return _leave(End(rank, EXIT_REQUEST, error.format_message()))
+    except RingctxError as error:
+        return _leave(End(rank, error.exit_code, str(error), survivor=isinstance(error, _Stopped)))
+    except Exception as error:
+        traceback.print_exc()
+        sentence = f"This is a bug in ringctx ({type(error).__name__}: {error}). Please report it with the lines above."
+        return _leave(End(rank, EXIT_BUG, sentence))
+
+
+def _leave(end: End) -> int:
+    """Say the sentence, unless the launcher will, and end with its code."""
+    launch.leave(end)
+    if not launch.is_quiet():
+        prefix = f"[ring {end.rank}/{os.environ['WORLD_SIZE']}] " if launch.is_rank() else ""
+        click.echo(f"{prefix}{end.sentence}", err=True)
+    return end.code

@@ -1,0 +1,229 @@
+"""Configuration: frozen blocks, a strict YAML reader, and overrides.
+
+A key nobody knows, a key written twice or a value of the wrong type is refused with a sentence. The number of ranks is
+not here: the launcher owns it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from ringctx.errors import ConfigError
+
+Block = TypeVar("Block")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which model, in which numbers, where."""
+
+    path: str = "smollm2-135m-instruct"
+    """A checkpoint folder in Hugging Face's form, or the name of a model that ringctx can fetch or make."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU for each rank if there are enough, else the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RingConfig:
+    """How ranks talk and attend."""
+
+    timeout: float = 600.0
+    """Seconds that any wait for a peer may take before it counts as lost."""
+    transport: Literal["auto", "rotate", "fetch", "gather", "heads", "pass_q"] = "auto"
+    """How keys travel; auto counts bytes."""
+    kernel: str = "auto"
+    """Which kernel attends; auto takes the first that can."""
+    strict: bool = True
+    """Compare at each call what the ranks were asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutConfig:
+    """Which rank owns which tokens of the prompt."""
+
+    kind: Literal["zigzag", "contiguous", "striped"] = "zigzag"
+    """zigzag balances causal work; contiguous keeps windows local; striped deals tokens one by one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig:
+    """What is attended, on top of the model's own (causal) attention."""
+
+    window: int | None = None
+    """Keys that a token sees, itself included; null for all before it."""
+    sinks: int = 0
+    """First tokens of the sequence that all see in spite of the window."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """How keys are kept for decoding."""
+
+    page: int = 64
+    """Tokens a page: memory grows by it, and a new page goes to the next rank."""
+    keep_rotated: bool = True
+    """Hold a rotated copy of the keys: faster decoding for half as much memory again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationConfig:
+    """How the answer is asked for and chosen."""
+
+    max_new_tokens: int = 128
+    """The answer ends here, or earlier at the model's end-of-text token."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Choose among the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that hold this much of the chance."""
+    seed: int = 0
+    """Of the choice; the same on every rank."""
+    prompt: str = "{document}\n\n{question}"
+    """The user's message; the model's chat template goes around it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """All blocks of a configuration file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    ring: RingConfig = field(default_factory=RingConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("ring.timeout", self.ring.timeout, 0.001),
+            ("attention.window", self.attention.window, 1),
+            ("attention.sinks", self.attention.sinks, 0),
+            ("cache.page", self.cache.page, 1),
+            ("generation.max_new_tokens", self.generation.max_new_tokens, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+        if self.attention.sinks and self.attention.window is None:
+            raise ConfigError("attention.sinks means nothing without attention.window; set a window or leave sinks out.")
+        if "{document}" not in self.generation.prompt or "{question}" not in self.generation.prompt:
+            raise ConfigError("generation.prompt must hold {document} and {question}; they are replaced by the text and the question.")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `key.sub=value` overrides in turn. Raises ConfigError for anything that cannot be right."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration {str(path)!r}: {error.strerror or error}.") from error
+    return parse(text, overrides, source=str(path))
+
+
+def parse(text: str, overrides: Sequence[str] = (), *, source: str = "the configuration") -> Config:
+    """A Config from YAML text. `source` is how messages call it."""
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} must hold blocks (model:, ring:, …), not {_kind(data)}.")
+    for override in overrides:
+        _override(data, override)
+    return _build(Config, data, "")
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML that `parse` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """safe_load that refuses a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise ConfigError(f"Line {key_node.start_mark.line + 1}: the key {key!r} is {_kind(key)}; keys are words.")
+            if key in seen:
+                raise ConfigError(f"Line {key_node.start_mark.line + 1}: the key {key!r} is written twice; keep one.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    """Apply one `key.sub=value`; the value is read as YAML."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {text!r} cannot be read; write --set key.sub=value, for example --set attention.window=4096.")
+    try:
+        parsed = yaml.load(value, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML; put quotes around text with special signs.") from error
+    for depth, key in enumerate(keys[:-1]):
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {text!r}: {'.'.join(keys[: depth + 1])} is a value, not a block.")
+    data[keys[-1]] = parsed
+
+
+def _build(block: type[Block], data: Any, name: str) -> Block:
+    """An instance of the dataclass from a mapping, checking keys and types."""
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{name} must be a block of keys, not {_kind(data)}.")
+    hints = typing.get_type_hints(block)
+    for key in data:
+        if key not in hints:
+            raise ConfigError(_unknown(f"{name}.{key}".lstrip("."), key, list(hints)))
+    values = {key: _value(hints[key], value, f"{name}.{key}".lstrip(".")) for key, value in data.items()}
+    return block(**values)
+
+
+def _unknown(path: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    advice = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}."
+    return f"There is no key {path!r}; {advice}"
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """The value if it fits the type hint (an int fits a float); raises ConfigError otherwise."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, name)
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value in choices:
+            return value
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        advice = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{name} is {value!r}; possible are {', '.join(choices)}.{advice}")
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) in kinds:
+        return value
+    wanted = " or ".join(_NAMES[kind] for kind in kinds)
+    raise ConfigError(f"{name} is {value!r}, {_kind(value)}; it must be {wanted}.")
+
+
+_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words."""
+    return {list: "a list", dict: "a block", **_NAMES}.get(type(value), type(value).__name__)

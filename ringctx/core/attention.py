@@ -1,0 +1,119 @@
+"""Attention: what is computed, as one value; the same for training, prefill and decode, on one rank or a thousand.
+
+Knows the mathematics. Knows nothing of ranks, layouts or kernels. Its only dense definition is `ringctx.testing.dense`.
+Letters: b batch, q and k tokens of a tile, h query heads, d key width, e value width, s tokens on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+
+from torch import Tensor
+
+from ringctx.core.pattern import Causal, Pattern
+from ringctx.errors import ConfigError, Unsupported
+from ringctx.kernels.base import Elementwise
+
+
+class Encoding(Protocol):
+    """What turns with position: applied to this rank's queries and keys before anything travels."""
+
+    def queries(self, q: Tensor, positions: Tensor) -> Tensor:
+        """q (b s h d), position ids (s,) or (b, s) -> same shape and dtype."""
+
+    def keys(self, k: Tensor, positions: Tensor) -> Tensor:
+        """k (b s g d), position ids (s,) or (b, s) -> same shape and dtype."""
+
+
+@runtime_checkable
+class AdditiveScore(Protocol):
+    """A score that adds a number to each logit, known from head and indices: ALiBi, a bias table."""
+
+    def params(self) -> tuple[Tensor, ...]:
+        """The tensors it is made of, replicated on every rank. Their gradients are this rank's share, to be summed over the ring."""
+
+    def bias(self, heads: Tensor, i: Tensor, j: Tensor, params: tuple[Tensor, ...]) -> Tensor:
+        """What is added for these heads, queries i and keys j: (h or 1, q, k)."""
+
+    def grads(self, dbias: Tensor, heads: Tensor, i: Tensor, j: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """From dbias (b h q k) of one tile, that tile's contribution to the gradient of each param."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """softmax(mask(additive(elementwise(scale q.k)))) v, with an optional sink in the denominator and dropout.
+
+    pattern: who sees whom.  encoding: a rotary encoding of q and k by index, or None if they come encoded.
+    scores: elementwise ones (a softcap) first, then additive ones.  sink: Tensor (h,), one more logit per head without a value.
+    dropout: probability of dropping each weight.  scale: of the logits; 1/sqrt(d) when None.
+    Raises ConfigError when the order of scores or the dropout cannot be right, Unsupported for what is not built yet.
+    """
+
+    pattern: Pattern = Causal()
+    encoding: Encoding | None = None
+    scores: tuple[Any, ...] = ()
+    branches: tuple[Any, ...] = ()
+    carry: Any = None
+    sink: Tensor | None = None
+    select: Any = None
+    normaliser: str = "softmax"
+    dropout: float = 0.0
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("branches", "carry", "select"):
+            if getattr(self, name):
+                raise Unsupported(f"Attention({name}=...) is not built yet; leave it out.")
+        if self.normaliser != "softmax":
+            raise Unsupported(f"The normaliser {self.normaliser!r} is not built yet; 'softmax' is.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must lie in 0 <= p < 1; got {self.dropout}.")
+        if not isinstance(self.pattern, Pattern):
+            raise ConfigError(f"pattern must be a Pattern, such as ringctx.patterns.causal(); got {type(self.pattern).__name__}.")
+        kinds = [_kind(score) for score in self.scores]
+        if kinds != sorted(kinds, reverse=True):
+            raise ConfigError("Scores run in the order elementwise (softcap), then additive (ALiBi, bias); list them so.")
+        if self.sink is not None and self.sink.dim() != 1:
+            raise ConfigError(f"sink must have one logit per query head, shape (h,); got {tuple(self.sink.shape)}.")
+
+    @property
+    def elementwise(self) -> tuple[Elementwise, ...]:
+        """Scores that map each logit by itself."""
+        return tuple(s for s in self.scores if _kind(s) == "elementwise")
+
+    @property
+    def additive(self) -> tuple[AdditiveScore, ...]:
+        """Scores that add to logits by head and indices."""
+        return tuple(s for s in self.scores if _kind(s) == "additive")
+
+    def params(self) -> list[Tensor]:
+        """Every tensor in it, in a fixed order: the sink, then the scores' params."""
+        sink = [] if self.sink is None else [self.sink]
+        return [*sink, *(p for score in self.additive for p in score.params())]
+
+    def key(self) -> Hashable:
+        """Equal for attentions that differ only in the numbers inside their tensors."""
+        scores = tuple(str(s) for s in self.scores)
+        sink = None if self.sink is None else tuple(self.sink.shape)
+        return (self.pattern, scores, sink, self.dropout, self.scale)
+
+    def __str__(self) -> str:
+        parts = [str(self.pattern), *map(str, self.scores)]
+        parts += ["sink"] * (self.sink is not None) + [f"dropout {self.dropout}"] * (self.dropout > 0)
+        parts += [f"scale {self.scale}"] * (self.scale is not None)
+        return ", ".join(parts)
+
+
+def _kind(score: object) -> str:
+    if isinstance(score, AdditiveScore):
+        return "additive"
+    if hasattr(score, "apply") and hasattr(score, "derivative"):
+        return "elementwise"
+    raise ConfigError(f"{score!r} is no score: it needs apply and derivative (elementwise), or params, bias and grads (additive).")
+
+
+def scale_of(attention: Attention, width: int) -> float:
+    """The factor on q.k for keys of this width."""
+    return cast(float, attention.scale if attention.scale is not None else width**-0.5)

@@ -1,0 +1,228 @@
+"""Call: everything about one ring attention that does not change with the numbers in its tensors, and how it runs.
+
+The operator (`ringctx.core.operator`) hands tensors and a call's number to `forward` and `backward` here. Heads are traded
+for tokens on the way in and back on the way out where the transport says so; between, one of the two loops runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from ringctx.core import loop, pass_q
+from ringctx.core.attention import Attention
+from ringctx.core.choose import TRANSPORTS, Choice, Shape, choose
+from ringctx.core.compute import HeadGroup, Work, head_groups
+from ringctx.core.header import Facts, agree
+from ringctx.core.heads import HeadGroupExchange, Trade, make_trade, shares
+from ringctx.core.layout import Layout
+from ringctx.core.pattern import Pattern
+from ringctx.core.plan import Plan, make_plan
+from ringctx.core.ring import Ring
+from ringctx.errors import ConfigError, LayoutError, RingctxError
+from ringctx.kernels.base import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a call's tensors travel: members of the head group, its trades, and the plan between groups."""
+
+    transport: str
+    members: int
+    groups: tuple[HeadGroup, ...]
+    inner: Ring
+    layout: Layout
+    key_layout: Layout
+    q_heads: tuple[range, ...]
+    k_heads: tuple[range, ...]
+    trades: tuple[Trade, Trade] | None
+    plan: Plan | pass_q.QueryPlan
+    choice: Choice | None
+
+    @property
+    def shared_keys(self) -> bool:
+        """Whether a key head lives on several members, so that its gradients must be summed."""
+        return sum(map(len, self.k_heads)) > len({h for heads in self.k_heads for h in heads})
+
+    def explain(self) -> str:
+        """Which transport and why, then the plan."""
+        why = [self.choice.explain()] if self.choice else []
+        trade = [f"heads traded for tokens among {self.members} ranks; query heads each {[len(x) for x in self.q_heads]}"] * (self.members > 1)
+        return "\n".join([*why, *trade, self.plan.explain()])
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One way of calling ring_attention. train: whether a backward will follow (it counts in the choice of transport)."""
+
+    ring: Ring
+    layout: Layout
+    key_layout: Layout
+    attention: Attention
+    transport: str
+    kernel: str
+    train: bool
+
+    def problem(self, q: Tensor, k: Tensor, v: Tensor) -> RingctxError | None:
+        """Why this rank's tensors cannot be attended, or None."""
+        ring, layout, key_layout = self.ring, self.layout, self.key_layout
+        if self.transport not in ("auto", *TRANSPORTS):
+            return ConfigError(f"transport must be one of auto {' '.join(TRANSPORTS)}; got {self.transport!r}.")
+        if layout.size != ring.size or key_layout.size != ring.size:
+            return LayoutError(f"The ring has {ring.size} ranks, but the layouts have {layout.size} and {key_layout.size}; make them for {ring.size}.")
+        if {q.dim(), k.dim(), v.dim()} != {4}:
+            return LayoutError(f"q, k and v must be (b, s, heads, width); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
+        if q.shape[1] != layout.count(ring.rank):
+            return LayoutError(f"q has {q.shape[1]} tokens, but the layout gives rank {ring.rank} {layout.count(ring.rank)}; use layout.shard.")
+        if k.shape[1] != key_layout.count(ring.rank) or v.shape[1] != k.shape[1]:
+            have = f"k has {k.shape[1]} tokens and v {v.shape[1]}"
+            return LayoutError(f"{have}, but the layout gives rank {ring.rank} {key_layout.count(ring.rank)}; use layout.shard, or pass key_layout.")
+        if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[2] != v.shape[2]:
+            return LayoutError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must share the batch, q and k the width, k and v the heads.")
+        if not k.shape[2] or q.shape[2] % k.shape[2]:
+            return LayoutError(f"The {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key heads.")
+        if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+            return LayoutError(f"q, k and v must have one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}. Cast them before the call.")
+        sink = self.attention.sink
+        if sink is not None and len(sink) != q.shape[2]:
+            return LayoutError(f"The sink has {len(sink)} logits, but there are {q.shape[2]} query heads; give one each.")
+        return None
+
+    def facts(self, q: Tensor, k: Tensor, v: Tensor, what: str, seed: int, batch_offset: int) -> Facts:
+        """What must be equal on all ranks."""
+        return {
+            "call": what,
+            "batch": q.shape[0],
+            "heads": q.shape[2],
+            "key heads": k.shape[2],
+            "width": q.shape[3],
+            "value width": v.shape[3],
+            "dtype": str(q.dtype).removeprefix("torch."),
+            "layout": f"{self.layout} ({_digest(self.layout)})",
+            "key layout": f"{self.key_layout} ({_digest(self.key_layout)})",
+            "attention": f"{str(self.attention)[:200]} ({_digest(self.attention.key())})",
+            "transport": self.transport,
+            "kernel": self.kernel,
+            "seed": seed,
+            "batch offset": batch_offset,
+            "training": self.train,
+        }
+
+    def route(self, q: Tensor, k: Tensor, v: Tensor) -> Route:
+        """How tensors of these shapes travel."""
+        item, wide = q.element_size(), accumulation_dtype(q.dtype).itemsize
+        shape = Shape(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], item, wide, self.train)
+        return _route(self.ring, self.layout, self.key_layout, self.attention.pattern, self.transport, shape)
+
+
+@lru_cache(maxsize=1024)
+def _digest(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=512)
+def _route(ring: Ring, layout: Layout, key_layout: Layout, pattern: Pattern, transport: str, shape: Shape) -> Route:
+    whole = head_groups(pattern, shape.h, shape.g)
+    patterns = tuple(g.pattern for g in whole)
+    choice = None
+    if ring.size == 1:
+        transport = "rotate" if transport in ("auto", "heads") else transport
+    elif transport == "auto":
+        if ring.heads == 1:
+            choice = choose(patterns, layout, key_layout, shape, ring.nodes)
+            transport = choice.transport
+    members = ring.size if transport == "heads" else ring.heads
+    q_heads, k_heads = shares(shape.h, shape.g, members)
+    if members == 1:
+        plan = _plan(patterns, layout, key_layout, ring.rank, transport, ring.nodes)
+        return Route(transport, 1, whole, ring, layout, key_layout, q_heads, k_heads, None, plan, choice)
+    trades = make_trade(layout, members, ring.rank), make_trade(key_layout, members, ring.rank)
+    me, circle = ring.rank % members, ring.rank // members
+    inner = ring.view([c * members + me for c in range(ring.size // members)])
+    inner.nodes = ring.nodes if inner.size % ring.nodes == 0 else 1
+    groups = head_groups(pattern, shape.h, shape.g, q_heads[me], k_heads[me].start) if q_heads[me] else ()
+    patterns = tuple(g.pattern for g in groups)
+    if transport == "auto":  # inside each head group the same choice, since all heads count
+        choice = choose(tuple(g.pattern for g in whole), trades[0].inner, trades[1].inner, shape, inner.nodes, heads_allowed=False)
+    within = "rotate" if transport == "heads" else choice.transport if choice else transport
+    plan = _plan(patterns, trades[0].inner, trades[1].inner, circle, within, inner.nodes)
+    return Route(within, members, groups, inner, trades[0].inner, trades[1].inner, q_heads, k_heads, trades, plan, choice)
+
+
+def _plan(patterns: tuple, layout: Layout, key_layout: Layout, rank: int, transport: str, nodes: int) -> Plan | pass_q.QueryPlan:  # type: ignore[type-arg]
+    if transport == "pass_q":
+        return pass_q.make_query_plan(patterns, layout, key_layout, rank)
+    return make_plan(patterns, layout, key_layout, rank, transport, nodes)
+
+
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], seed: int, batch_offset: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """out (b s h e), lse (b s h), and what backward wants kept besides: the traded q, k, v, out, lse, or nothing."""
+    agree(call.ring, call.facts(q, k, v, "forward", seed, batch_offset), call.problem(q, k, v))
+    route = call.route(q, k, v)
+    work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset)
+    if route.trades is None:
+        out, lse = _run_forward(work, route, q, k, v)
+        return out, lse, []
+    exchange = HeadGroupExchange(call.ring, route.members)
+    queries, keys = route.trades
+    q_, k_, v_ = (
+        exchange.to_heads(q, route.q_heads, queries, "queries for heads"),
+        exchange.to_heads(k, route.k_heads, keys, "keys for heads"),
+        exchange.to_heads(v, route.k_heads, keys, "values for heads"),
+    )
+    out_, lse_ = _run_forward(work, route, q_, k_, v_)
+    out = exchange.to_tokens(out_, route.q_heads, q.shape[2], queries, "outputs for tokens")
+    lse = exchange.to_tokens(lse_, route.q_heads, q.shape[2], queries, "lse for tokens")
+    return out, lse, [q_, k_, v_, out_, lse_] if call.train else []
+
+
+def _run_forward(work: Work, route: Route, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(route.plan, pass_q.QueryPlan):
+        return pass_q.forward(work, route.plan, route.inner, route.layout, route.key_layout, q, k, v)
+    return loop.forward(work, route.plan, route.inner, route.layout.spans[route.plan.rank], q, k, v)
+
+
+def backward(
+    call: Call,
+    dout: Tensor,
+    dlse: Tensor | None,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    kept: list[Tensor],
+    params: list[Tensor],
+    seed: int,
+    batch_offset: int,
+    need_param_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """dq, dk, dv with the shapes and dtype of q, k, v = saved[:3], and this rank's share of each param's gradient."""
+    q, k, v, out, lse = saved
+    facts = {**call.facts(q, k, v, "backward", seed, batch_offset), "gradient of lse": dlse is not None}
+    agree(call.ring, facts)
+    route = call.route(q, k, v)
+    work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset, need_param_grads)
+    if route.trades is None:
+        dq, dk, dv = _run_backward(work, route, dout, dlse, q, k, v, out, lse)
+    else:
+        exchange = HeadGroupExchange(call.ring, route.members)
+        queries, keys = route.trades
+        q_, k_, v_, out_, lse_ = kept
+        dout_ = exchange.to_heads(dout.to(q.dtype), route.q_heads, queries, "gradients for heads")
+        dlse_ = None if dlse is None else exchange.to_heads(dlse, route.q_heads, queries, "gradients of lse for heads")
+        grads = _run_backward(work, route, dout_, dlse_, q_, k_, v_, out_, lse_)
+        narrow = [grads[0].to(q.dtype), *(x if route.shared_keys else x.to(k.dtype) for x in grads[1:])]  # sums travel wide
+        dq = exchange.to_tokens(narrow[0], route.q_heads, q.shape[2], queries, "dq for tokens")
+        dk = exchange.to_tokens(narrow[1], route.k_heads, k.shape[2], keys, "dk for tokens")
+        dv = exchange.to_tokens(narrow[2], route.k_heads, k.shape[2], keys, "dv for tokens")
+        out, lse, dout, dlse = out_, lse_, dout_, dlse_
+    if need_param_grads and call.attention.sink is not None and route.groups:
+        work.sink_grad(dout, out, lse, dlse)
+    grads_of_params = [g.to(p.dtype) for g, p in zip(work.param_grads, params, strict=True)] if need_param_grads else []
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), grads_of_params
+
+
+def _run_backward(work: Work, route: Route, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(route.plan, pass_q.QueryPlan):
+        return pass_q.backward(work, route.plan, route.inner, route.layout, route.key_layout, dout, dlse, q, k, v, out, lse)
+    return loop.backward(work, route.plan, route.inner, route.layout.spans[route.plan.rank], dout, dlse, q, k, v, out, lse)

@@ -1,0 +1,224 @@
+"""What one rank computes when keys visit: the tiles of a plan, through a kernel, into partials and gradients.
+
+Knows tiles, kernels and the attention. Knows nothing of messages.
+Letters: b batch, s query tokens here, n visiting keys, h query heads, g key heads, d key width, e value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ringctx import kernels
+from ringctx.core import dropout
+from ringctx.core.attention import Attention, scale_of
+from ringctx.core.layout import Ranges, indices_of
+from ringctx.core.partial import Partial
+from ringctx.core.pattern import CAUSAL, PARTIAL, Pattern
+from ringctx.core.tiles import Tile
+from ringctx.kernels.base import Call, Kernel, TileScores, accumulation_dtype
+
+
+@dataclass(frozen=True)
+class HeadGroup:
+    """Query heads that share one pattern, and the key heads they read.
+
+    heads: their numbers in the whole model. rows: their places in q's head dim. keys: places in k's head dim; row n reads
+    key n // (rows / keys), so a key head is listed once where that is regular, and once for each query head where not.
+    """
+
+    heads: tuple[int, ...]
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+    pattern: Pattern
+
+
+def head_groups(pattern: Pattern, num_heads: int, num_key_heads: int, heads: range | None = None, first_key: int = 0) -> tuple[HeadGroup, ...]:
+    """Groups for the query heads that are here (all, or `heads` of the whole model, with key heads from first_key on)."""
+    here = heads if heads is not None else range(num_heads)
+    groups = []
+    for members, part in pattern.heads(num_heads):
+        mine = tuple(m for m in members if m in here)
+        if mine:
+            keys = [m * num_key_heads // num_heads - first_key for m in mine]
+            groups.append(HeadGroup(mine, tuple(m - here.start for m in mine), _regular(keys), part))
+    return tuple(groups)
+
+
+def _regular(keys: list[int]) -> tuple[int, ...]:
+    distinct = list(dict.fromkeys(keys))
+    times = len(keys) // len(distinct)
+    return tuple(distinct if keys == [k for k in distinct for _ in range(times)] else keys)
+
+
+def pick(x: Tensor, heads: tuple[int, ...], dim: int = 2) -> Tensor:
+    """These heads of x; a view where they are neighbours, else a copy."""
+    if heads == tuple(range(heads[0], heads[0] + len(heads))):
+        return x.narrow(dim, heads[0], len(heads))
+    return x.index_select(dim, torch.tensor(heads, device=x.device))
+
+
+def add_heads_(x: Tensor, heads: tuple[int, ...], part: Tensor, dim: int = 2) -> None:
+    """x[heads] += part, in x's dtype."""
+    if heads == tuple(range(heads[0], heads[0] + len(heads))):
+        x.narrow(dim, heads[0], len(heads)).add_(part)
+    else:
+        x.index_add_(dim, torch.tensor(heads, device=x.device), part.to(x.dtype))
+
+
+@dataclass
+class Work:
+    """One call's attention on this rank, ready to take visits. param_grads is filled by backward."""
+
+    attention: Attention
+    groups: tuple[HeadGroup, ...]
+    params: Sequence[Tensor]
+    kernel: str
+    seed: int
+    batch_offset: int
+    need_param_grads: bool = False
+    param_grads: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.need_param_grads:
+            self.param_grads = [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in self.params]
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def empty(self, q: Tensor, e: int) -> list[Partial]:
+        """One partial for each head group, having seen no key."""
+        b, s = q.shape[:2]
+        return [Partial.empty((b, s, len(g.rows), e), accumulation_dtype(q.dtype), q.device) for g in self.groups]
+
+    def forward(self, totals: list[Partial], tiles: Sequence[tuple[Tile, ...]], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges) -> None:
+        """Attend to visiting keys and merge into the totals. q (b s h d), k (b n g d), v (b n g e)."""
+        for total, group, rows in zip(totals, self.groups, tiles, strict=True):
+            if not rows:
+                continue
+            q_, k_, v_ = pick(q, group.rows), pick(k, group.keys), pick(v, group.keys)
+            for tile in rows:
+                _, a, b, c, d = tile
+                call, scores = self._tile(group, tile, q_, k_, v_, queries, keys)
+                out, lse = call.forward(q_[:, a:b], k_[:, c:d], v_[:, c:d], scores)
+                total.rows(a, b).merge_(out, lse)
+
+    def whole(self, totals: list[Partial], q: Tensor, e: int) -> tuple[Tensor, Tensor]:
+        """out (b s h e) in q's dtype and lse (b s h) from the totals of all head groups, the sink included."""
+        if self.attention.sink is not None:
+            for total, group in zip(totals, self.groups, strict=True):
+                total.add_sink_(pick(self.params[0], group.heads, 0))
+        if len(totals) == 1:
+            return totals[0].out.to(q.dtype), totals[0].lse
+        out = torch.zeros(*q.shape[:3], e, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:3], dtype=accumulation_dtype(q.dtype), device=q.device)
+        for total, group in zip(totals, self.groups, strict=True):
+            rows = torch.tensor(group.rows, device=q.device)
+            out.index_copy_(2, rows, total.out.to(q.dtype))
+            lse.index_copy_(2, rows, total.lse)
+        return out, lse
+
+    # -- backward ---------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        grads: tuple[Tensor, Tensor, Tensor],
+        tiles: Sequence[tuple[Tile, ...]],
+        rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+        queries: Ranges,
+        k: Tensor,
+        v: Tensor,
+        keys: Ranges,
+    ) -> None:
+        """Add to grads = dq (b s h d), dk (b n g d), dv (b n g e), all in the accumulation dtype.
+
+        rows: dout and q, then out in q's dtype, lse (0 where a row sees nothing), and dlse or None; whole rows' values.
+        """
+        dq, dk, dv = grads
+        for group, some in zip(self.groups, tiles, strict=True):
+            if not some:
+                continue
+            dout, q, out, lse, dlse = (x if x is None else pick(x, group.rows) for x in rows)
+            assert dout is not None and q is not None and out is not None and lse is not None
+            k_, v_ = pick(k, group.keys), pick(v, group.keys)
+            for tile in some:
+                _, a, b, c, d = tile
+                kernel, scores = self._tile(group, tile, q, k_, v_, queries, keys, backward=True)
+                more = None if dlse is None else dlse[:, a:b]
+                parts = kernel.backward(dout[:, a:b], q[:, a:b], k_[:, c:d], v_[:, c:d], out[:, a:b], lse[:, a:b], scores, more)
+                add_heads_(dq[:, a:b], group.rows, parts[0])
+                add_heads_(dk[:, c:d], group.keys, parts[1])
+                add_heads_(dv[:, c:d], group.keys, parts[2])
+
+    def sink_grad(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
+        """The sink takes exp(sink - lse) of each row's weight and gives no value: dsink = sum of p (dlse - dout.out)."""
+        heads = torch.tensor([h for g in self.groups for h in g.heads], device=out.device)
+        rows = torch.tensor([r for g in self.groups for r in g.rows], device=out.device)
+        wide = accumulation_dtype(out.dtype)
+        weight = torch.exp(self.params[0].to(wide)[heads] - lse[:, :, rows])
+        slope = -(dout.to(wide) * out.to(wide)).sum(-1)[:, :, rows]
+        slope = slope if dlse is None else slope + dlse[:, :, rows]
+        self.param_grads[0].index_add_(0, heads, (weight * slope).sum((0, 1)))
+
+    # -- one tile ---------------------------------------------------------------------------------------------------
+
+    def _tile(
+        self, group: HeadGroup, tile: Tile, q: Tensor, k: Tensor, v: Tensor, queries: Ranges, keys: Ranges, backward: bool = False
+    ) -> tuple[Kernel, TileScores]:
+        verdict, a, b, c, d = tile
+        attention, grad = self.attention, backward and self.need_param_grads and bool(self.attention.additive)
+        call = Call(
+            device=q.device.type,
+            dtype=q.dtype,
+            h=q.shape[2],
+            g=k.shape[2],
+            d=q.shape[3],
+            e=v.shape[3],
+            causal=verdict == CAUSAL,
+            mask=verdict == PARTIAL,
+            elementwise=bool(attention.elementwise),
+            bias=bool(attention.additive),
+            bias_grad=grad,
+            dropout=attention.dropout > 0,
+            backward=backward,
+        )
+        i, j = indices_of(queries, q.device)[a:b], indices_of(keys, q.device)[c:d]
+        heads = torch.tensor(group.heads, device=q.device)
+        scores = TileScores(
+            scale=scale_of(attention, q.shape[3]),
+            causal=verdict == CAUSAL,
+            mask=(lambda: _four_dims(group.pattern.allows(i, j))) if verdict == PARTIAL else None,
+            elementwise=attention.elementwise,
+            bias=(lambda: self._bias(heads, i, j)) if attention.additive else None,
+            bias_grad=(lambda dbias: self._bias_grad(dbias, heads, i, j)) if grad else None,
+            keep=(lambda: self._keep(q.shape[0], heads, i, j)) if attention.dropout > 0 else None,
+        )
+        return kernels.choose(call, self.kernel), scores
+
+    def _score_params(self) -> list[tuple[int, tuple[Tensor, ...]]]:
+        at, found = int(self.attention.sink is not None), []
+        for score in self.attention.additive:
+            size = len(score.params())
+            found.append((at, tuple(self.params[at : at + size])))
+            at += size
+        return found
+
+    def _bias(self, heads: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        parts = [s.bias(heads, i, j, params) for s, (_, params) in zip(self.attention.additive, self._score_params(), strict=True)]
+        return torch.stack(torch.broadcast_tensors(*parts)).sum(0).unsqueeze(0) if len(parts) > 1 else parts[0].unsqueeze(0)
+
+    def _bias_grad(self, dbias: Tensor, heads: Tensor, i: Tensor, j: Tensor) -> None:
+        for score, (at, params) in zip(self.attention.additive, self._score_params(), strict=True):
+            for n, grad in enumerate(score.grads(dbias, heads, i, j, params)):
+                self.param_grads[at + n].add_(grad)
+
+    def _keep(self, size: int, heads: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        batch = torch.arange(self.batch_offset, self.batch_offset + size, device=i.device)
+        return dropout.keep(self.attention.dropout, self.seed, batch, heads, i, j)
+
+
+def _four_dims(allowed: Tensor) -> Tensor:
+    """(q k), (h q k) or (b h q k) -> (b|1, h|1, q, k)."""
+    return allowed[(None,) * (4 - allowed.dim())]

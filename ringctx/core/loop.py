@@ -1,0 +1,77 @@
+"""The ring: keys visit, tiles are attended, partials merge; in backward, gradients go home with the keys they belong to.
+
+Source: Liu, Zaharia & Abbeel 2023 (ring attention, blockwise online softmax); backward as in FlashAttention-2 with the
+whole row's lse and out, so that every tile stands alone and tiles may come in any order.
+Letters: b batch, s query tokens here, n key tokens here, h query heads, g key heads, d key width, e value width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ringctx.core.compute import Work
+from ringctx.core.layout import Ranges
+from ringctx.core.plan import Plan, Visit
+from ringctx.core.ring import Ring
+from ringctx.core.tiles import Tile, area
+from ringctx.core.transport import Homeward, visits
+from ringctx.kernels.base import accumulation_dtype
+
+
+def forward(work: Work, plan: Plan, ring: Ring, queries: Ranges, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out (b s h e) in q's dtype and lse (b s h) for this rank's queries over all keys of the ring."""
+    totals = work.empty(q, v.shape[3])
+    for _, present in visits(plan, ring, (k, v)):
+        for visit, (visiting_k, visiting_v) in present:
+            work.forward(totals, visit.tiles, q, queries, visiting_k, visiting_v, visit.ranges)
+    return work.whole(totals, q, v.shape[3])
+
+
+def backward(
+    work: Work,
+    plan: Plan,
+    ring: Ring,
+    queries: Ranges,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (b s h d), dk (b n g d), dv (b n g e) in the accumulation dtype; the params' gradients are left in work.
+
+    Home tiles are computed in two halves, so that the first keys and the last gradients travel under work.
+    """
+    rows = (dout.to(q.dtype), q, out, lse.masked_fill(lse == -torch.inf, 0.0), dlse)
+    dq, dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(q.dtype), memory_format=torch.contiguous_format) for x in (q, k, v))
+    first, second = halves(plan.home) if plan.hops else (plan.home.tiles, None)
+    homeward = Homeward(plan, ring, (dk, dv))
+    for number, present in visits(plan, ring, (k, v)):
+        if number == 0:
+            work.backward((dq, dk, dv), first, rows, queries, k, v, plan.home.ranges)
+            continue
+        done = []
+        for visit, (visiting_k, visiting_v) in present:
+            grads = tuple(torch.zeros_like(x, dtype=dk.dtype) for x in (visiting_k, visiting_v))
+            work.backward((dq, *grads), visit.tiles, rows, queries, visiting_k, visiting_v, visit.ranges)
+            done.append((visit, grads))
+        homeward.hop(number, done)
+    if second is not None:
+        work.backward((dq, dk, dv), second, rows, queries, k, v, plan.home.ranges)
+    homeward.finish()
+    return dq, dk, dv
+
+
+def halves(home: Visit) -> tuple[tuple[tuple[Tile, ...], ...], tuple[tuple[Tile, ...], ...]]:
+    """The tiles of each head group in two parts of about equal work."""
+    parts = []
+    for rows in home.tiles:
+        seen, at = 0, 0
+        while at < len(rows) and seen < area(rows) / 2:
+            seen += area(rows[at : at + 1])
+            at += 1
+        parts.append((rows[:at], rows[at:]))
+    return tuple(a for a, _ in parts), tuple(b for _, b in parts)

@@ -1,0 +1,117 @@
+"""Ring attention as one torch.library operator: one node to autograd, torch.compile and activation checkpointing.
+
+The operator takes tensors and the number of a Call; whatever is not a tensor stays in the Call. Its fake kernel answers
+shapes without a process group, its backward is a second operator, and double backward is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringctx.core import call as calls
+from ringctx.core.attention import Attention
+from ringctx.core.call import Call
+from ringctx.core.layout import Layout
+from ringctx.core.ring import Ring
+from ringctx.errors import Unsupported
+from ringctx.kernels.base import accumulation_dtype
+
+_numbers: dict[object, int] = {}
+_calls: list[Call] = []
+
+
+def number_of(ring: Ring, layout: Layout, key_layout: Layout, attention: Attention, transport: str, kernel: str, train: bool) -> int:
+    """The number of this way of calling; equal calls share one, whatever numbers their tensors hold."""
+    key = (ring, layout, key_layout, attention.key(), transport, kernel, train)
+    number = _numbers.get(key)
+    if number is None:
+        number = _numbers[key] = len(_calls)
+        _calls.append(Call(ring, layout, key_layout, attention, transport, kernel, train))
+    return number
+
+
+@torch.library.custom_op("ringctx::attention", mutates_args=())
+def attention_op(q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], call: int, seed: int, batch_offset: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Forward: out, lse, and what backward wants kept."""
+    return calls.forward(_calls[call], q, k, v, params, seed, batch_offset)
+
+
+@attention_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], call: int, seed: int, batch_offset: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    route = _calls[call].route(q, k, v)
+    if route.trades is None or not _calls[call].train:
+        return out, lse, []
+    b, (queries, keys) = q.shape[0], route.trades
+    me = _calls[call].ring.rank % route.members
+    m, n, h, g = sum(queries.counts), sum(keys.counts), len(route.q_heads[me]), len(route.k_heads[me])
+    q_, k_, v_ = q.new_empty(b, m, h, q.shape[3]), k.new_empty(b, n, g, k.shape[3]), v.new_empty(b, n, g, v.shape[3])
+    return out, lse, [q_, k_, v_, q.new_empty(b, m, h, v.shape[3]), lse.new_empty(b, m, h)]
+
+
+@torch.library.custom_op("ringctx::attention_backward", mutates_args=())
+def backward_op(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kept: list[Tensor],
+    params: list[Tensor],
+    call: int,
+    seed: int,
+    batch_offset: int,
+    need_param_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Backward: dq, dk, dv and the params' gradients."""
+    return calls.backward(_calls[call], dout, dlse, (q, k, v, out, lse), kept, params, seed, batch_offset, need_param_grads)
+
+
+@backward_op.register_fake
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kept: list[Tensor],
+    params: list[Tensor],
+    call: int,
+    seed: int,
+    batch_offset: int,
+    need_param_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    grads = [p.new_empty(p.shape) for p in params] if need_param_grads else []
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grads
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    q, k, v, params, ctx.call, ctx.seed, ctx.batch_offset = inputs
+    out, lse, kept = output
+    ctx.num_kept = len(kept)
+    ctx.save_for_backward(q, k, v, out, lse, *kept, *params)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dkept: object) -> tuple[Any, ...]:
+    q, k, v, out, lse, *rest = ctx.saved_tensors
+    kept, params = rest[: ctx.num_kept], rest[ctx.num_kept :]
+    dout = torch.zeros_like(out) if dout is None else dout
+    need = any(p.requires_grad for p in params)
+    dq, dk, dv, dparams = backward_op(dout, dlse, q, k, v, out, lse, kept, params, ctx.call, ctx.seed, ctx.batch_offset, need)
+    return dq, dk, dv, dparams if need else [None] * len(params), None, None, None
+
+
+def _refuse(ctx: Any, *grads: object) -> None:
+    raise Unsupported("ring_attention has no double backward; take such a gradient with ringctx.testing.dense on one process.")
+
+
+attention_op.register_autograd(_backward, setup_context=_keep)
+backward_op.register_autograd(_refuse)

@@ -1,0 +1,245 @@
+"""Plan: who computes and who sends what, decided before any key moves.
+
+Knows layouts, patterns and one rank. Knows nothing of tensors or processes. Every rank makes its own plan from the same
+layouts and patterns, so all plans fit together without a word exchanged.
+
+Transports of keys (`rotate`, `fetch`, `gather`) differ only in which block arrives at which hop, and where the gradient of
+a visiting block goes next; the loop that follows a plan knows neither. Tiles are planned against what really arrives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ringctx.core.layout import Layout, Ranges, count, take
+from ringctx.core.pattern import Pattern
+from ringctx.core.tiles import Spans, Tile, area, draw, needs, tiles, union, width
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Some tokens of one owner, on the way to or from a peer."""
+
+    peer: int
+    owner: int
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Keys of one owner, present on this rank: which of them, and the tiles of each head group that they take part in."""
+
+    owner: int
+    ranges: Ranges
+    spans: Spans
+    tiles: tuple[tuple[Tile, ...], ...]
+    grads_from: int | None = None
+    grads_to: int | None = None
+
+    @property
+    def area(self) -> int:
+        """Query-key pairs to compute, summed over head groups."""
+        return sum(map(area, self.tiles))
+
+
+@dataclass(frozen=True)
+class Hop:
+    """What arrives, what leaves, and which gradients move once the visits of this hop are computed in backward."""
+
+    receive: tuple[Parcel, ...] = ()
+    send: tuple[Parcel, ...] = ()
+    visits: tuple[Visit, ...] = ()
+    grads_receive: tuple[Parcel, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank computes and sends.
+
+    held: most tokens of keys that are here at once besides this rank's own.
+    """
+
+    rank: int
+    transport: str
+    num_queries: int
+    num_keys: int
+    home: Visit
+    hops: tuple[Hop, ...]
+
+    @property
+    def tokens_received(self) -> int:
+        """Tokens whose key and value arrive here in forward (and again in backward)."""
+        return sum(width(p.spans) for hop in self.hops for p in hop.receive)
+
+    @property
+    def tokens_sent(self) -> int:
+        """Tokens whose key and value leave from here in forward (and again in backward)."""
+        return sum(width(p.spans) for hop in self.hops for p in hop.send)
+
+    @property
+    def grad_tokens_received(self) -> int:
+        """Tokens whose dk and dv arrive here in backward."""
+        return sum(width(p.spans) for hop in self.hops for p in hop.grads_receive)
+
+    @property
+    def grad_tokens_sent(self) -> int:
+        """Tokens whose dk and dv leave from here in backward."""
+        return sum(width(v.spans) for hop in self.hops for v in hop.visits if v.grads_to is not None)
+
+    @property
+    def held(self) -> int:
+        """Most visiting tokens here at once: those being computed and those arriving meanwhile."""
+        sizes = [0, *(sum(width(p.spans) for p in hop.receive) for hop in self.hops), 0]
+        return max(a + b for a, b in zip(sizes, sizes[1:], strict=False))
+
+    @property
+    def cost(self) -> int:
+        """Query-key pairs this rank computes, summed over head groups."""
+        return self.home.area + sum(v.area for hop in self.hops for v in hop.visits)
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits that change with anything in the plan."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+    def draw(self, cells: int = 32) -> str:
+        """This rank's tiles, owner by owner, as text."""
+        parts = [f"rank {self.rank}, {self.transport}: {self.cost:,} pairs"]
+        for visit in (self.home, *(v for hop in self.hops for v in hop.visits)):
+            parts.append(f"keys of rank {visit.owner} ({width(visit.spans)} tokens)")
+            parts += [draw(rows, self.num_queries, width(visit.spans), cells) for rows in visit.tiles]
+        return "\n".join(parts)
+
+    def explain(self) -> str:
+        """One line a hop: what arrives, what leaves, what is computed."""
+        lines = [
+            f"rank {self.rank}, {self.transport}: {len(self.hops)} hops, {self.cost:,} query-key pairs; receives {self.tokens_received} and sends "
+            f"{self.tokens_sent} tokens of keys forward, {self.grad_tokens_received} and {self.grad_tokens_sent} of gradients backward; "
+            f"holds at most {self.held} visiting tokens",
+            f"  home: {sum(map(len, self.home.tiles))} tiles, {self.home.area:,} pairs",
+        ]
+        for number, hop in enumerate(self.hops, 1):
+            comes = ", ".join(f"{width(p.spans)} of rank {p.owner} from rank {p.peer}" for p in hop.receive) or "nothing"
+            goes = ", ".join(f"{width(p.spans)} of rank {p.owner} to rank {p.peer}" for p in hop.send) or "nothing"
+            work = ", ".join(f"{sum(map(len, v.tiles))} tiles with {v.area:,} pairs" for v in hop.visits) or "nothing"
+            lines.append(f"  hop {number}: receives {comes}; sends {goes}; computes {work}")
+        return "\n".join(lines)
+
+
+@lru_cache(maxsize=512)
+def make_plan(patterns: tuple[Pattern, ...], layout: Layout, key_layout: Layout, rank: int, transport: str, nodes: int = 1) -> Plan:
+    """The plan of one rank; patterns has one entry for each group of heads, without heads of its own."""
+    build = {"rotate": _rotate, "fetch": _fetch, "gather": _gather}[transport]
+    world = World(patterns, layout, key_layout, nodes)
+    spans = ((0, key_layout.count(rank)),) if key_layout.count(rank) else ()
+    hops = build(world, rank)
+    while hops and hops[-1] == Hop():
+        hops.pop()
+    return Plan(rank, transport, layout.count(rank), key_layout.count(rank), world.visit(rank, rank, spans), tuple(hops))
+
+
+@dataclass(frozen=True)
+class World:
+    """What every rank knows about all ranks."""
+
+    patterns: tuple[Pattern, ...]
+    layout: Layout
+    key_layout: Layout
+    nodes: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+    def needs(self, rank: int, owner: int) -> Spans:
+        """Which of the owner's keys this rank's queries see."""
+        return needs(self.patterns, self.layout.spans[rank], self.key_layout.spans[owner])
+
+    def visit(self, rank: int, owner: int, spans: Spans, grads_from: int | None = None, grads_to: int | None = None) -> Visit:
+        """The owner's keys at these positions, visiting this rank."""
+        ranges = take(self.key_layout.spans[owner], spans)
+        rows = tuple(tiles(pattern, self.layout.spans[rank], ranges) for pattern in self.patterns)
+        return Visit(owner, ranges, spans, rows, grads_from, grads_to)
+
+
+def path(rank: int, size: int, nodes: int) -> tuple[tuple[int, int, int], ...]:
+    """For hops 1..size-1 of a rotation: (whose keys arrive, from which rank, to which rank the held ones go).
+
+    One circle: from the left neighbour to the right. On several nodes a double ring: the circle inside the node runs
+    round, then everything moves one node on, so only one hop in (ranks per node) crosses the slow links.
+    """
+    inner = size // nodes
+    node, at = divmod(rank, inner)
+    hops, owner_node, owner_at = [], node, at
+    for hop in range(1, size):
+        over = int(hop % inner == 0)  # this hop crosses to the next node
+        owner_node, owner_at = (owner_node - over) % nodes, (owner_at - 1 + over) % inner
+        comes = (node - over) % nodes * inner + (at - 1 + over) % inner
+        goes = (node + over) % nodes * inner + (at + 1 - over) % inner
+        hops.append((owner_node * inner + owner_at, comes, goes))
+    return tuple(hops)
+
+
+@lru_cache(maxsize=1024)
+def _itinerary(owner: int, size: int, nodes: int) -> tuple[int, ...]:
+    """The ranks that the owner's keys visit, hop by hop."""
+    ranks, at = [], owner
+    for hop in range(size - 1):
+        at = path(at, size, nodes)[hop][2]
+        ranks.append(at)
+    return tuple(ranks)
+
+
+def stops_and_loads(world: World, owner: int) -> tuple[list[int], Spans, int]:
+    """For a rotation: the ranks that need some of the owner's keys, in order; which keys; and the last hop they make."""
+    itinerary = _itinerary(owner, world.size, world.nodes)
+    stops = [p for p in itinerary if world.needs(p, owner)]
+    carried = union([world.needs(p, owner) for p in stops])
+    return stops, carried, itinerary.index(stops[-1]) + 1 if stops else 0
+
+
+def _rotate(world: World, rank: int) -> list[Hop]:
+    """Pass-KV ring (Liu et al. 2023): keys go round until nobody later needs them; gradients follow, rank by rank, then home."""
+    routes = {o: stops_and_loads(world, o) for o in range(world.size)}
+    stops, carried, last = ({o: route[n] for o, route in routes.items()} for n in range(3))
+    hop_of = {o: {p: n for n, p in enumerate(_itinerary(o, world.size, world.nodes), 1)} for o in routes}
+    after = {(o, p): n for o in stops for p, n in zip(stops[o], [*stops[o][1:], o], strict=False)}  # where gradients go next
+
+    hops, holding = [], rank
+    for number, (owner, comes, goes) in enumerate(path(rank, world.size, world.nodes), 1):
+        receive = (Parcel(comes, owner, carried[owner]),) if number <= last[owner] else ()
+        send = (Parcel(goes, holding, carried[holding]),) if number <= last[holding] else ()
+        visits: tuple[Visit, ...] = ()
+        if rank in stops[owner]:
+            before = stops[owner].index(rank) - 1
+            visits = (world.visit(rank, owner, carried[owner], stops[owner][before] if before >= 0 else None, after[owner, rank]),)
+        grads = tuple(Parcel(p, o, carried[o]) for (o, p), to in sorted(after.items()) if to == rank and hop_of[o][p] == number)
+        hops.append(Hop(receive, send, visits, grads))
+        holding = owner
+    return hops
+
+
+def _fetch(world: World, rank: int) -> list[Hop]:
+    """Each rank gets exactly the keys that its queries see, straight from their owners, the nearest rank on the left first."""
+    hops = []
+    for number in range(1, world.size):
+        left, right = (rank - number) % world.size, (rank + number) % world.size
+        wanted, lent = world.needs(rank, left), world.needs(right, rank)
+        receive = (Parcel(left, left, wanted),) if wanted else ()
+        send = (Parcel(right, rank, lent),) if lent else ()
+        visits = (world.visit(rank, left, wanted, None, left),) if wanted else ()
+        hops.append(Hop(receive, send, visits, tuple(Parcel(p.peer, rank, p.spans) for p in send)))
+    return hops
+
+
+def _gather(world: World, rank: int) -> list[Hop]:
+    """Everybody gets every key in a single hop; holds the whole sequence, for the sake of one wait."""
+    others = [(rank + n) % world.size for n in range(1, world.size)]
+    whole = lambda o: ((0, count(world.key_layout.spans[o])),) if world.key_layout.spans[o] else ()
+    receive = tuple(Parcel(o, o, whole(o)) for o in others if whole(o))
+    send = tuple(Parcel(o, rank, whole(rank)) for o in others if whole(rank))
+    visits = tuple(world.visit(rank, o, whole(o), None, o) for o in others if world.needs(rank, o))
+    grads = tuple(Parcel(o, rank, whole(rank)) for o in others if world.needs(o, rank))
+    return [Hop(receive, send, visits, grads)] if others else []

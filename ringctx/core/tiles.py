@@ -1,0 +1,172 @@
+"""Tiles: the parts of a (queries x keys) rectangle that a pattern leaves to compute, and the keys that anybody needs.
+
+Knows patterns and indices. Knows nothing of ranks or kernels. A tile is given in local positions, not in indices.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+
+from ringctx.core.layout import Ranges, count, indices_of
+from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Pattern, Verdict
+
+LEAF = 512  # a PARTIAL tile's longest side: larger wastes masked work, smaller pays dispatch (about 50 us a call on a CPU)
+
+Tile = tuple[int, int, int, int, int]
+"""(verdict, first query, end of queries, first key, end of keys), positions in local order; never EMPTY."""
+
+Spans = tuple[tuple[int, int], ...]
+"""Ascending (start, end) pairs of local positions."""
+
+
+class Line:
+    """Tokens in local order: what lies between two positions, and where best to divide it."""
+
+    def __init__(self, ranges: Ranges) -> None:
+        self.ranges = ranges
+        self.starts = list(accumulate(map(len, ranges), initial=0))
+
+    def hull(self, a: int, b: int) -> tuple[range, bool]:
+        """A range that holds every index at positions a..b-1, and whether it is exactly those."""
+        first, last = bisect_right(self.starts, a) - 1, bisect_right(self.starts, b - 1) - 1
+        if first == last:
+            return self.ranges[first][a - self.starts[first] : b - self.starts[first]], True
+        parts = self.ranges[first : last + 1]
+        return range(min(r[0] for r in parts), max(r[-1] for r in parts) + 1), False
+
+    def divide(self, a: int, b: int, pattern: Pattern) -> int:
+        """A position strictly between a and b: a border of ranges or documents if one is near the middle."""
+        quarter = (b - a) // 4
+        low, high, middle = a + quarter, b - quarter, (a + b) // 2
+        at = bisect_right(self.starts, middle)
+        borders = [s for s in self.starts[max(at - 1, 0) : at + 1] if low <= s <= high and a < s < b]
+        if borders:
+            return min(borders, key=lambda s: abs(s - middle))
+        hull, exact = self.hull(a, b)
+        index = pattern.cut(hull) if exact else None
+        if index is not None:
+            position = a + -(-(index - hull[0]) // hull.step)
+            if low <= position <= high and a < position < b:
+                return position
+        return a + LEAF * max(1, round((b - a) / (2 * LEAF)))
+
+
+def tiles(pattern: Pattern, q: Ranges, k: Ranges) -> tuple[Tile, ...]:
+    """Every tile of queries q times keys k that is not EMPTY, by rows; neighbours that are FULL are made one."""
+    return _tiles(pattern, q, k)
+
+
+@lru_cache(maxsize=4096)
+def _tiles(pattern: Pattern, q: Ranges, k: Ranges) -> tuple[Tile, ...]:
+    queries, keys = Line(q), Line(k)
+    found: list[Tile] = []
+    stack = [(0, count(q), 0, count(k))] if q and k else []
+    while stack:
+        a, b, c, d = stack.pop()
+        q_hull, q_exact = queries.hull(a, b)
+        k_hull, k_exact = keys.hull(c, d)
+        verdict = pattern.judge(q_hull, k_hull)
+        if verdict == CAUSAL and not (q_exact and k_exact):
+            verdict = PARTIAL
+        if verdict == EMPTY:
+            continue
+        if verdict != PARTIAL or max(b - a, d - c) <= LEAF:
+            found.append((int(verdict), a, b, c, d))
+        elif b - a >= d - c:
+            cut = queries.divide(a, b, pattern)
+            stack += [(a, cut, c, d), (cut, b, c, d)]
+        else:
+            cut = keys.divide(c, d, pattern)
+            stack += [(a, b, c, cut), (a, b, cut, d)]
+    return _joined(found)
+
+
+def _joined(found: list[Tile]) -> tuple[Tile, ...]:
+    """FULL tiles of equal rows that touch become one, then those of equal columns."""
+    wide: list[Tile] = []
+    for tile in sorted(found, key=lambda t: (t[1], t[2], t[3])):
+        last = wide[-1] if wide else None
+        if last and last[0] == tile[0] == FULL and last[1:3] == tile[1:3] and last[4] == tile[3]:
+            wide[-1] = (*last[:4], tile[4])
+        else:
+            wide.append(tile)
+    tall: list[Tile] = []
+    for tile in sorted(wide, key=lambda t: (t[3], t[4], t[1])):
+        last = tall[-1] if tall else None
+        if last and last[0] == tile[0] == FULL and last[3:] == tile[3:] and last[2] == tile[1]:
+            tall[-1] = (last[0], last[1], tile[2], *last[3:])
+        else:
+            tall.append(tile)
+    return tuple(sorted(tall, key=lambda t: (t[1], t[3])))
+
+
+def area(rows: tuple[Tile, ...]) -> int:
+    """Query-key pairs to compute; a masked tile counts whole, since its kernel computes it whole."""
+    return sum((b - a) * (b - a + 1) // 2 if verdict == CAUSAL else (b - a) * (d - c) for verdict, a, b, c, d in rows)
+
+
+@lru_cache(maxsize=65536)
+def needs(patterns: tuple[Pattern, ...], q: Ranges, k: Ranges) -> Spans:
+    """Local positions of the keys k that at least one query of q sees under at least one of the patterns."""
+    needed = torch.zeros(count(k), dtype=torch.bool)
+    for pattern in patterns:
+        rows = sorted(_tiles(pattern, q, k), key=lambda t: t[0] == PARTIAL)
+        for verdict, a, b, c, d in rows:
+            if verdict != PARTIAL:
+                needed[c:d] = True
+            elif not needed[c:d].all():
+                allowed = pattern.allows(indices_of(q)[a:b], indices_of(k)[c:d])
+                needed[c:d] |= allowed.reshape(-1, d - c).any(0)
+    return spans_of(needed)
+
+
+def spans_of(needed: torch.Tensor) -> Spans:
+    """The runs of True in a bool tensor (n,)."""
+    padded = torch.nn.functional.pad(needed.to(torch.int8), (1, 1))
+    steps = padded.diff()
+    starts, ends = (steps == 1).nonzero().flatten().tolist(), (steps == -1).nonzero().flatten().tolist()
+    return tuple(zip(starts, ends, strict=True))
+
+
+def union(parts: list[Spans]) -> Spans:
+    """Positions in any of the parts."""
+    merged: list[tuple[int, int]] = []
+    for a, b in sorted(span for part in parts for span in part):
+        if merged and a <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
+        else:
+            merged.append((a, b))
+    return tuple(merged)
+
+
+def width(spans: Spans) -> int:
+    """How many positions the spans hold."""
+    return sum(b - a for a, b in spans)
+
+
+VERDICT_MARK = {EMPTY: "·", FULL: "█", CAUSAL: "◣", PARTIAL: "▒"}
+
+
+def draw(rows: tuple[Tile, ...], num_queries: int, num_keys: int, cells: int = 32) -> str:
+    """The tiles as text, one character a cell: █ all pairs, ◣ the causal half, ▒ masked, · nothing."""
+    if not num_queries or not num_keys:
+        return "(no tokens)"
+    down, across = min(cells, num_queries), min(cells, num_keys)
+    grid = [[Verdict.EMPTY] * across for _ in range(down)]
+    for verdict, a, b, c, d in rows:
+        for y in range(a * down // num_queries, -(-b * down // num_queries)):
+            for x in range(c * across // num_keys, -(-d * across // num_keys)):
+                grid[y][x] = _cell(Verdict(verdict), y / down * num_queries - a, x / across * num_keys - c, num_queries / down)
+    return "\n".join("".join(VERDICT_MARK[cell] for cell in line) for line in grid)
+
+
+def _cell(verdict: Verdict, row: float, column: float, side: float) -> Verdict:
+    if verdict != CAUSAL:
+        return verdict
+    if abs(row - column) < side / 2:
+        return CAUSAL
+    return FULL if column < row else EMPTY

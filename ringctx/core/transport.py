@@ -1,0 +1,94 @@
+"""The loop that moves keys: post the next hop, hand out the visit, follow the plan; and gradients on their way home.
+
+Knows plans, rings and tensors. Knows nothing of masks or kernels. Rotate, fetch and gather all run here; what differs
+between them is in the plan. Letters: b batch, n tokens, g key heads, d key width, e value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ringctx.core.plan import Hop, Parcel, Plan, Visit
+from ringctx.core.ring import Message, Pending, Ring
+from ringctx.core.tiles import Spans, width
+
+Tensors = tuple[Tensor, ...]
+
+
+def cut(tensors: Tensors, spans: Spans) -> Tensors:
+    """The tokens (dim 1) at these local positions, contiguous; the tensors themselves when that is all of them."""
+    if len(spans) == 1 and spans[0] == (0, tensors[0].shape[1]):
+        return tuple(t.contiguous() for t in tensors)
+    return tuple(torch.cat([t[:, a:b] for a, b in spans], 1) for t in tensors)
+
+
+def room(like: Tensors, tokens: int) -> Tensors:
+    """Fresh memory for a message of this many tokens; every visiting block is allocated here."""
+    return tuple(t.new_empty(t.shape[0], tokens, *t.shape[2:]) for t in like)
+
+
+def visits(plan: Plan, ring: Ring, tensors: Tensors) -> Iterator[tuple[int, list[tuple[Visit, Tensors]]]]:
+    """Yield (hop number, the visits of that hop with their tensors): home is hop 0; the next hop is already under way.
+
+    tensors: this rank's own keys and values, each (b n g .). Consume it to the end: peers wait for what is sent here.
+    """
+    arriving, pending = _post(plan, ring, 1, tensors, {})
+    yield 0, [(plan.home, tensors)]
+    for number, hop in enumerate(plan.hops, 1):
+        pending.wait()
+        held = arriving
+        arriving, pending = _post(plan, ring, number + 1, tensors, held)
+        yield number, [(visit, held[visit.owner]) for visit in hop.visits]
+
+
+def _post(plan: Plan, ring: Ring, number: int, own: Tensors, held: dict[int, Tensors]) -> tuple[dict[int, Tensors], Pending]:
+    hop = plan.hops[number - 1] if number <= len(plan.hops) else Hop()
+    arriving = {p.owner: room(own, width(p.spans)) for p in hop.receive}
+    receive = [Message(p.peer, arriving[p.owner]) for p in hop.receive]
+    send = [Message(p.peer, held[p.owner] if p.owner != plan.rank else cut(own, p.spans)) for p in hop.send]
+    return arriving, ring.exchange("keys", f"keys at hop {number}", receive, send)
+
+
+class Homeward:
+    """Gradients of visiting keys: each joins those that arrived for the same block, and goes on as the plan says."""
+
+    def __init__(self, plan: Plan, ring: Ring, own: Tensors) -> None:
+        self.plan, self.ring, self.own = plan, ring, own
+        self.waiting: dict[int, Tensors] = {}
+        self.parcels: tuple[Parcel, ...] = ()
+        self.arriving: list[Tensors] = []
+        self.pending: Pending | None = None
+
+    def hop(self, number: int, done: list[tuple[Visit, Tensors]]) -> None:
+        """After hop `number` is computed: take in what came of the hop before, send this hop's gradients on."""
+        self.finish()
+        send = []
+        for visit, grads in done:
+            if visit.grads_from is not None:
+                for mine, theirs in zip(grads, self.waiting.pop(visit.owner), strict=True):
+                    mine.add_(theirs)
+            assert visit.grads_to is not None
+            send.append(Message(visit.grads_to, grads))
+        self.parcels = self.plan.hops[number - 1].grads_receive
+        self.arriving = [room(self.own, width(p.spans)) for p in self.parcels]
+        receive = [Message(p.peer, t) for p, t in zip(self.parcels, self.arriving, strict=True)]
+        self.pending = self.ring.exchange("grads", f"gradients at hop {number}", receive, send, grads=True)
+
+    def finish(self) -> None:
+        """Wait for what is under way, and add what has come home to this rank's own gradients."""
+        if self.pending is None:
+            return
+        self.pending.wait()
+        self.pending = None
+        for parcel, tensors in zip(self.parcels, self.arriving, strict=True):
+            if parcel.owner != self.plan.rank:
+                self.waiting[parcel.owner] = tensors
+                continue
+            for own, part in zip(self.own, tensors, strict=True):
+                at = 0
+                for a, b in parcel.spans:
+                    own[:, a:b].add_(part[:, at : at + b - a])
+                    at += b - a

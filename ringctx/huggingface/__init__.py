@@ -1,0 +1,9 @@
+"""A transformers model whose attention, rotary encoding and cache are ringctx's. See `wrap`."""
+
+from __future__ import annotations
+
+from ringctx.huggingface.context import Cache, Context
+from ringctx.huggingface.families import FAMILIES, Family
+from ringctx.huggingface.wrap import unwrap, wrap
+
+__all__ = ["FAMILIES", "Cache", "Context", "Family", "unwrap", "wrap"]

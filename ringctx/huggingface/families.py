@@ -1,0 +1,88 @@
+"""Which transformers models can be wrapped, and where their parts are.
+
+Knows model types. A family is listed when a test shows that its wrapped logits are the model's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ringctx.errors import Unsupported
+
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary types whose frequencies do not depend on how long the sequence is."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model of this type keeps its rotary module; all listed families rotate halves: dim p with dim p + w/2."""
+
+    note: str = ""
+    rotary: str = "rotary_emb"
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama 1 to 3, SmolLM, SmolLM2, Yi and others of this shape"),
+    "mistral": Family("a window in every layer where the configuration has one"),
+    "qwen2": Family("a window in some layers where the configuration has one"),
+    "qwen3": Family("normalised queries and keys"),
+    "qwen3_moe": Family("experts"),
+    "mixtral": Family("experts"),
+    "granite": Family("its own softmax scale"),
+    "olmo2": Family("normalised queries and keys"),
+    "smollm3": Family("some layers without rotation"),
+    "gemma2": Family("softcap, a window in every other layer"),
+    "stablelm": Family("rotates a part of the dims"),
+    "starcoder2": Family("a window where the configuration has one"),
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The model's row of the table. Raises Unsupported, naming the model type and what to do, when it has none."""
+    kind = str(_config(model).model_type)
+    if kind not in FAMILIES:
+        raise Unsupported(
+            f"Cannot wrap a model of type {kind!r}: its rotary encoding and attention were not checked against ringctx. "
+            f"Checked types: {', '.join(FAMILIES)}. Use one of these, or add a row to ringctx/huggingface/families.py "
+            "and its case to tests/unit/test_huggingface.py."
+        )
+    return FAMILIES[kind]
+
+
+def rotary_module(model: nn.Module) -> tuple[nn.Module, str, nn.Module]:
+    """(the module that holds the rotary module, under which name, the rotary module).
+
+    Raises Unsupported when its frequencies change with the length of the sequence.
+    """
+    family = family_of(model)
+    parent: nn.Module = getattr(model, "base_model", model)
+    rotary = getattr(parent, family.rotary)
+    kind = getattr(rotary, "rope_type", "default")
+    if kind not in STATIC_ROPE:
+        raise Unsupported(
+            f"The model's rotary type is {kind!r}, whose frequencies depend on the length of the sequence; "
+            f"supported types: {', '.join(STATIC_ROPE)}. Set rope_parameters in the checkpoint's config.json to one of them."
+        )
+    return parent, family.rotary, rotary
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The model's self-attention modules in layer order.
+
+    Raises Unsupported when one of them is not causal.
+    """
+    modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal") and hasattr(m, "q_proj")]
+    bidirectional = [m.layer_idx for m in modules if not m.is_causal]
+    if bidirectional:
+        raise Unsupported(f"Layers {bidirectional} are not causal; ringctx wraps decoders. Use ring_attention directly for encoders.")
+    return sorted(modules, key=lambda m: int(m.layer_idx))  # type: ignore[arg-type]
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        raise Unsupported(f"{type(model).__name__} is not a transformers model; call ring_attention from your own module instead.")
+    return config

@@ -1,0 +1,149 @@
+"""wrap: a transformers model attends over the ring from now on.
+
+transformers hands its attention interface keys that are already rotated. So the model's rotary module is made to turn
+nothing (cos 1, sin 0), and its frequencies become the encoding of each layer's `Attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ringctx.core.attention import Attention
+from ringctx.core.ring import Ring
+from ringctx.errors import ConfigError, Unsupported
+from ringctx.huggingface.context import Context
+from ringctx.huggingface.families import attention_modules, family_of, rotary_module
+from ringctx.methods.rotary import Rotary
+from ringctx.methods.scores import Softcap
+from ringctx.patterns import window
+
+IMPLEMENTATION = "ringctx"
+
+
+class Still(nn.Module):
+    """Stands where the rotary module stood and turns nothing: cos 1, sin 0."""
+
+    def __init__(self, width: int, context: Context, original: nn.Module) -> None:
+        super().__init__()
+        self.width, self.context = width, context
+        self.__dict__["original"] = original  # not a submodule: it must not move, train or be saved
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """x gives dtype and device; position_ids (1, s) are compared with the layout's indices."""
+        self.context.check_positions(position_ids)
+        return x.new_ones(1, 1, self.width), x.new_zeros(1, 1, self.width)
+
+
+class Layer:
+    """One layer's attention: what the model itself asks for, with what the user asked for on top."""
+
+    def __init__(self, context: Context, index: int, asked: Attention, encoding: Rotary | None) -> None:
+        self.context, self.index = context, index
+        self.asked = asked if asked.encoding is not None else replace(asked, encoding=encoding)
+        self._made: dict[tuple[Any, ...], Attention] = {}
+
+    def attention(self, *, scale: float | None, width: int | None, cap: float | None, sink: Tensor | None, dropout: float) -> Attention:
+        """The model's window narrows the pattern; its cap, sink and scale fill what the user left open."""
+        key = (scale, width, cap, id(sink), dropout)
+        if key not in self._made:
+            asked = self.asked
+            self._made[key] = replace(
+                asked,
+                pattern=asked.pattern & window(width) if width else asked.pattern,
+                scores=(Softcap(cap), *asked.scores) if cap else asked.scores,
+                scale=scale if asked.scale is None else asked.scale,
+                sink=sink if asked.sink is None else asked.sink,
+                dropout=dropout or asked.dropout,
+            )
+        return self._made[key]
+
+
+def wrap(
+    model: nn.Module,
+    ring: Ring,
+    attention: Attention | Mapping[int, Attention] | None = None,
+    *,
+    transport: str = "auto",
+    kernel: str = "auto",
+) -> Context:
+    """Make the model attend over the ring; returns its running state, which is also `model.ringctx`. On several ranks:
+
+        with wrap(model, ring).running(layout):
+            model(input_ids=layout.shard(ids, ring.rank), position_ids=layout.indices(ring.rank)[None], use_cache=False)
+
+    attention: for all layers, or per layer number (layers left out keep the model's own). Its pattern stands for the
+    model's causal one; a window that the model has in a layer narrows it further.
+    Raises Unsupported for families that were not checked and for rotary types that depend on the length.
+    """
+    family_of(model)
+    if getattr(model, "ringctx", None) is not None:
+        raise ConfigError("The model is wrapped already; call unwrap(model) before wrapping it for another ring or attention.")
+    parent, name, original = rotary_module(model)
+    modules = attention_modules(model)
+    asked = attention if isinstance(attention, Mapping) else dict.fromkeys(range(len(modules)), attention)
+    unknown = sorted(set(asked) - {int(m.layer_idx) for m in modules})  # type: ignore[arg-type]
+    if unknown:
+        raise ConfigError(f"attention names layers {unknown}, but the model has layers 0 to {len(modules) - 1}.")
+    encoding = Rotary(tuple(original.inv_freq.float().tolist()), float(original.attention_scaling))  # type: ignore[operator, arg-type]
+    context = Context(ring, transport, kernel)
+    for module in modules:
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        rotates = bool(getattr(module, "use_rope", True))
+        module.ringctx = Layer(context, index, asked.get(index) or Attention(), encoding if rotates else None)  # type: ignore[assignment]
+    setattr(parent, name, Still(encoding.width, context, original))
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    model.__dict__["_before_ringctx"] = model.config._attn_implementation  # type: ignore[union-attr]
+    model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    model.__dict__["ringctx"] = context
+    return context
+
+
+def unwrap(model: nn.Module) -> None:
+    """Give the model its own attention and rotary module back."""
+    parent: nn.Module = getattr(model, "base_model", model)
+    name = family_of(model).rotary
+    setattr(parent, name, getattr(parent, name).__dict__["original"])
+    for module in attention_modules(model):
+        del module.ringctx
+    model.set_attn_implementation(model.__dict__.pop("_before_ringctx"))  # type: ignore[operator]
+    del model.__dict__["ringctx"]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (b h s d), key and value (b g s d)  ->  (b s h d), no weights."""
+    layer = getattr(module, "ringctx", None)
+    if layer is None:
+        raise ConfigError("This model asks for attention 'ringctx' but was not wrapped; call ringctx.huggingface.wrap(model, ring).")
+    if attention_mask is not None:
+        raise Unsupported("A 4-d attention mask was given; say it as a Pattern instead: wrap(model, ring, Attention(pattern=...)).")
+    attention = layer.attention(scale=scaling, width=sliding_window, cap=softcap, sink=s_aux, dropout=dropout if module.training else 0.0)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return layer.context.attend(layer.index, q, k, v, attention), None
+
+
+def _mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    """transformers' mask interface: no mask is made, and padding is refused."""
+    if attention_mask is not None and not bool(torch.as_tensor(attention_mask).all()):
+        raise Unsupported(
+            "The attention mask has zeros (padding). ringctx computes no padding: pass sequences one by one, "
+            "or packed with patterns.documents(cu_seqlens)."
+        )

@@ -1,0 +1,1 @@
+"""What is layered on top of exact attention, one family a file."""

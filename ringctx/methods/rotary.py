@@ -1,0 +1,66 @@
+"""Rotary: pairs of dims turned by an angle that grows with the position.
+
+Knows positions and frequencies. Knows nothing of models, caches or ranks.
+Letters: b batch, s tokens, h heads, d head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotate dims (p, p + w/2) of the first w by `position * frequencies[p]`; leave the others alone. w = 2 * len(frequencies).
+
+    Law: the product of a query and a key depends on the difference of their positions alone.
+    frequencies: radians a position; float32 values, as Hugging Face's `inv_freq`, so that fp32 results are the same bit for bit.
+    scaling: what cos and sin are multiplied by (YaRN's attention factor).
+    """
+
+    frequencies: tuple[float, ...]
+    scaling: float = 1.0
+    _memo: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def width(self) -> int:
+        """How many dims are rotated."""
+        return 2 * len(self.frequencies)
+
+    def queries(self, q: Tensor, positions: Tensor) -> Tensor:
+        """q (b s h d), positions int64 (s,) or (b, s)  ->  (b s h d)."""
+        return self.rotate(q, positions)
+
+    def keys(self, k: Tensor, positions: Tensor) -> Tensor:
+        """k (b s g d), positions int64 (s,) or (b, s)  ->  (b s g d)."""
+        return self.rotate(k, positions)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x (b s h d) turned by its positions; computed in float32 at least, returned in x's dtype."""
+        cos, sin = self.tables(positions, torch.promote_types(x.dtype, torch.float32))
+        turned, rest = x[..., : self.width], x[..., self.width :]
+        first, second = turned.chunk(2, dim=-1)
+        turned = (turned * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, ((b,) s 1 w). The last ones are kept, because all layers ask for the same positions."""
+        key = f"{positions.device} {dtype}"
+        last = self._memo.get(key)
+        if last is not None and not torch.compiler.is_compiling() and _same(last[0], positions):
+            return last[1], last[2]
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device).to(dtype)
+        angles = positions[..., None].to(dtype) * frequencies
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+        cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+        if not torch.compiler.is_compiling():
+            self._memo[key] = (positions, cos, sin)
+        return cos, sin
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal positions; on a GPU only if they are one tensor, because comparing values would make it wait."""
+    return a is b or (a.device.type == "cpu" and a.shape == b.shape and torch.equal(a, b))

@@ -1,0 +1,53 @@
+"""Where a rank computes and in which numbers, and how much memory it took."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+
+from ringctx.config import ModelConfig
+from ringctx.errors import ConfigError
+
+
+def device_of(config: ModelConfig) -> torch.device:
+    """This rank's device. Raises ConfigError when a GPU is asked for and there are not enough."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cpu":
+        if num_gpus >= ranks_here > 1:
+            raise ConfigError("model.device is 'cpu', but the ranks have GPUs and talk over NCCL; hide them with CUDA_VISIBLE_DEVICES=.")
+        return torch.device("cpu")
+    if num_gpus >= ranks_here:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if config.device == "cuda":
+        raise ConfigError(f"model.device is 'cuda', but {ranks_here} ranks here share {num_gpus} GPUs; use fewer ranks, or device: auto.")
+    return torch.device("cpu")
+
+
+def dtype_of(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype asked for; auto is bfloat16 where the hardware multiplies it natively, else float32.
+
+    A CPU without AMX or AVX512-BF16 multiplies bfloat16 hundreds of times slower than float32.
+    """
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
+    native = device.type == "cuda" or has_native_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def has_native_bfloat16() -> bool:
+    """True when this CPU has instructions for bfloat16 products."""
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe is not None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak so far: the process's on a CPU, the allocator's on a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

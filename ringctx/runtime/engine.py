@@ -1,0 +1,229 @@
+"""Engine: a document over the ring, a question, an answer.
+
+document -> tokens -> layout -> ring prefill, keys stay where they are -> decode: the query is everywhere, keys are not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ringctx.config import AttentionConfig, Config
+from ringctx.core.attention import Attention
+from ringctx.core.layout import Layout
+from ringctx.core.ring import Ring
+from ringctx.huggingface import Context, wrap
+from ringctx.patterns import causal, sinks, window
+from ringctx.runtime.cache import KVCache
+from ringctx.runtime.device import device_of, dtype_of, peak_memory
+from ringctx.runtime.sampling import Sampler
+from ringctx.runtime.stream import Stream
+from ringctx.runtime.talk import broadcast, share
+from ringctx.runtime.weights import checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Where the time went. first_token counts from the document's text to the first token."""
+
+    load: float
+    prefill: float
+    first_token: float
+    decode: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What `ringctx generate --json` prints; the keys are pinned by a test.
+
+    tokens: the answer's token ids, the end-of-text token included. bytes: sent by all ranks, by kind. memory: peak bytes
+    of each rank.
+    """
+
+    answer: str
+    tokens: list[int]
+    prompt_tokens: int
+    ranks: int
+    seconds: Seconds
+    tokens_per_second: dict[str, float]
+    bytes: dict[str, int]
+    memory: list[int]
+
+    def json(self) -> dict[str, Any]:
+        """As plain lists and mappings."""
+        return asdict(self)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(kw_only=True)
+class Listener:
+    """Who wants to know how it goes: `began(prompt tokens)`, `layer(number)` during prefill, `text(piece)` of the answer."""
+
+    began: Callable[[int], None] = _nothing
+    layer: Callable[[int], None] = _nothing
+    prefilled: Callable[[], None] = _nothing
+    text: Callable[[str], None] = _nothing
+
+
+@dataclass
+class Engine:
+    """A wrapped model with its tokenizer, on this rank."""
+
+    model: Any
+    tokenizer: Any
+    context: Context
+    config: Config
+    device: torch.device
+    load_seconds: float = 0.0
+    attention_seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, config: Config, ring: Ring, *, began: float | None = None) -> Self:
+        """Fetch the weights if need be, load them on this rank, and make the model attend over the ring.
+
+        began: the `time.perf_counter()` from which loading counts; now by default.
+        """
+        began = time.perf_counter() if began is None else began
+        folder = checkpoint(config.model.path)
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        device = device_of(config.model)
+        dtype = dtype_of(config.model, device)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+        context = wrap(model, ring, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
+        engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began)
+        logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
+        return engine
+
+    @property
+    def ring(self) -> Ring:
+        """The ranks that share the sequence."""
+        return self.context.ring
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers attend."""
+        return int(self.model.config.num_hidden_layers)
+
+    def prompt(self, document: str, question: str) -> list[int]:
+        """The tokens of the user's message, with the model's chat template around it where it has one."""
+        text = self.config.generation.prompt.replace("{document}", document).replace("{question}", question)
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer(text).input_ids)
+        messages = [{"role": "user", "content": text}]
+        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+    @torch.no_grad()
+    def generate(self, document: str, question: str, listener: Listener | None = None) -> Answer:
+        """Prefill over the ring, then decode until the model ends its text or `generation.max_new_tokens` are reached.
+
+        All ranks call it together, with the same text, and all return the same answer.
+        """
+        listener = listener or Listener()
+        began = time.perf_counter()
+        self.ring.traffic.reset()
+        prompt = self.prompt(document, question)
+        self._warn_if_long(len(prompt))
+        listener.began(len(prompt))
+        sampler = Sampler(**{name: getattr(self.config.generation, name) for name in ("temperature", "top_k", "top_p", "seed")})
+        stream = Stream(self.tokenizer, listener.text)
+        prefill_began = time.perf_counter()
+        cache, logits = self._prefill(prompt, listener)
+        prefill_seconds = time.perf_counter() - prefill_began
+        listener.prefilled()
+        first_token_seconds, decode_began = 0.0, time.perf_counter()
+        tokens: list[int] = []
+        while True:
+            tokens.append(self._agree(sampler.choose(logits[0, -1]), f"token {len(tokens)} of the answer"))
+            first_token_seconds = first_token_seconds or time.perf_counter() - began
+            stream.push(tokens[-1])
+            if tokens[-1] in self._ends() or len(tokens) == self.config.generation.max_new_tokens:
+                break
+            logits = self._step(tokens[-1], cache)
+        seconds = Seconds(
+            load=self.load_seconds, prefill=prefill_seconds, first_token=first_token_seconds, decode=time.perf_counter() - decode_began
+        )
+        return self._report(stream.close(), tokens, len(prompt), seconds)
+
+    def _prefill(self, prompt: list[int], listener: Listener) -> tuple[KVCache, Tensor]:
+        """The cache with this rank's share of the prompt, and the last token's logits (1 1 vocabulary) on every rank."""
+        ring, config = self.ring, self.config
+        layout: Layout = getattr(Layout, config.layout.kind)(len(prompt), ring.size)
+        room = layout.count(ring.rank) + -(-config.generation.max_new_tokens // ring.size) + config.cache.page
+        cache = KVCache(self.num_layers, ring.rank, ring.size, config.cache.page, config.cache.keep_rotated, room)
+        cache.extend(layout)
+        ids = layout.shard(torch.tensor([prompt]), ring.rank).to(self.device)
+        indices = layout.indices(ring.rank, self.device)[None]
+        if not len(indices[0]):  # transformers takes no empty input; attention leaves this token out again
+            ids = indices = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        owner = layout.owner(len(prompt) - 1)
+        self.context.after_layer, self.context.seconds = listener.layer, 0.0
+        with self.context.running(layout, cache):
+            keep = (indices[0] == len(prompt) - 1).nonzero()[:, 0] if owner == ring.rank else indices.new_zeros(1)
+            logits = self.model(input_ids=ids, position_ids=indices, use_cache=False, logits_to_keep=keep).logits
+        self.context.after_layer = None
+        self.attention_seconds["prefill"], self.context.seconds = self.context.seconds, 0.0
+        return cache, broadcast(ring, logits.contiguous(), owner, "the prompt's last logits")
+
+    def _step(self, token: int, cache: KVCache) -> Tensor:
+        """One token more: every rank computes it against its own keys, one of them keeps its key. Logits (1 1 vocabulary)."""
+        index = cache.layout.length
+        cache.grow()
+        with self.context.running(cache=cache, decoding=True):
+            ids, position = torch.tensor([[[token]], [[index]]], device=self.device)
+            logits: Tensor = self.model(input_ids=ids, position_ids=position, use_cache=False).logits
+        self.attention_seconds["decode"] = self.context.seconds
+        return logits
+
+    def _agree(self, token: int, what: str) -> int:
+        """Rank 0's token, on all ranks: machines that round differently must not part ways."""
+        if self.ring.size == 1:
+            return token
+        return int(broadcast(self.ring, torch.tensor([token], device=self.device), 0, what))
+
+    def _ends(self) -> set[int]:
+        """The tokens that end a text, as the checkpoint's generation settings or its tokenizer say."""
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return set(ends) if isinstance(ends, list) else {ends}
+
+    def _warn_if_long(self, num_tokens: int) -> None:
+        trained = getattr(self.model.config, "max_position_embeddings", None)
+        asked = num_tokens + self.config.generation.max_new_tokens
+        if trained and asked > trained:
+            logger.warning("Prompt and answer may take %d tokens, but the model was trained on %d; expect worse answers.", asked, trained)
+
+    def _report(self, answer: str, tokens: list[int], prompt_tokens: int, seconds: Seconds) -> Answer:
+        facts = {"memory": peak_memory(self.device), "sent": dict(self.ring.traffic.sent)}
+        everyone = share(self.ring, facts, self.device, "memory and traffic of each rank")
+        sent: dict[str, int] = {}
+        for rank in everyone:
+            for kind, count in rank["sent"].items():
+                sent[kind] = sent.get(kind, 0) + count
+        speed = {"prefill": prompt_tokens / seconds.prefill, "decode": (len(tokens) - 1) / seconds.decode if len(tokens) > 1 else 0.0}
+        return Answer(
+            answer=answer, tokens=tokens, prompt_tokens=prompt_tokens, ranks=self.ring.size, seconds=seconds,
+            tokens_per_second=speed, bytes=sent, memory=[rank["memory"] for rank in everyone],
+        )  # fmt: skip
+
+
+def attention_of(config: AttentionConfig) -> Attention | None:
+    """What the configuration puts in the place of the model's causal attention, or None for nothing."""
+    if config.window is None:
+        return None
+    seen = window(config.window) | sinks(config.sinks) if config.sinks else window(config.window)
+    return Attention(pattern=causal() & seen)
