@@ -20,7 +20,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q
 
 say = @printf '\n== %s\n' $(1)
 
-.PHONY: help setup run test check format lint types imports unit ranks launch exact mutants parity bench doctor clean
+.PHONY: help setup run test check format lint types imports unit ranks launch exact mutants parity bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -86,9 +86,6 @@ parity: $(READY) ## greedy tokens on 1 to 4 ranks against transformers' own gene
 
 bench: $(READY) ## the measurements of docs/results, rerun
 	@$(BIN)/ringctx bench $(ARGS)
-
-doctor: $(READY) ## what this machine can run, and why not the rest
-	@$(BIN)/ringctx doctor
 
 clean: ## remove the virtual environment and caches (weights in ~/.cache/ringctx stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,7 +1,7 @@
 # ringctx on CPUs. NOT YET BUILT: no machine of the project has a container builder, so treat this file as a draft and report what breaks.
 #   docker build -f docker/cpu.Dockerfile -t ringctx:cpu --build-arg TORCH_ARGS='--index-url <the index of torch CPU wheels>' .
 #   docker run --rm ringctx:cpu                       the quick start
-#   docker run --rm ringctx:cpu launch/torchrun.sh doctor
+#   docker run --rm -e RANKS=4 ringctx:cpu launch/quickstart.sh --json
 FROM python:3.11-slim-bookworm
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/ringctx

@@ -14,8 +14,14 @@ print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device
 if not torch.cuda.is_available():
     sys.exit("torch sees no GPU: the driver and this build of torch do not fit. Choose a build: make clean; make setup TORCH_ARGS='--index-url ...'")
 PYTHON
-printf '\n== doctor\n'
-"$VENV/bin/ringctx" doctor
+printf '\n== kernels for a causal bfloat16 call with 8 heads of width 64\n'
+"$VENV/bin/python" - <<'PYTHON'
+import torch
+from ringctx.kernels import REGISTRY, Call
+call = Call("cuda", torch.bfloat16, h=8, g=8, d=64, e=64, causal=True, backward=True)
+for kernel in REGISTRY:
+    print(f"{kernel.name:10} {kernel.why_not(call) or 'takes it'}")
+PYTHON
 printf '\n== tests marked gpu\n'
 status=0
 "$VENV/bin/python" -m pytest -q -m gpu tests || status=$?

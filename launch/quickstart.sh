@@ -9,7 +9,7 @@ VENV=${VENV:-.venv}
 RANKS=${RANKS:-2}
 CONFIG=${CONFIG:-configs/smollm2_cpu.yaml}
 DOCUMENT=${DOCUMENT:-launch/documents/ruth.txt}
-QUESTION=${QUESTION:-Who was the mother in law of Ruth?}
+QUESTION=${QUESTION:-"What was the name of Naomi's husband?"}
 
 [ -e "$VENV/.ready" ] || make setup VENV="$VENV"
 echo "document  $DOCUMENT ($(wc -c <"$DOCUMENT") bytes)" >&2

@@ -11,7 +11,7 @@
 # Submit from the project's folder, on a file system that the nodes share, after `make setup` on a node with a GPU.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?submit with sbatch, from the folder of the project}"
-[ $# -gt 0 ] || { echo "give a ringctx command, for instance: sbatch launch/slurm.sh doctor" >&2; exit 2; }
+[ $# -gt 0 ] || { echo "give a ringctx command, as in: sbatch launch/slurm.sh generate configs/smollm2_cpu.yaml --document FILE --question TEXT" >&2; exit 2; }
 
 export MASTER_ADDR MASTER_PORT NNODES
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -9,6 +9,7 @@ from ringctx.core.attention import Attention
 from ringctx.core.decode import decode_attention
 from ringctx.core.entry import ring_attention
 from ringctx.core.layout import Layout
+from ringctx.core.module import RingAttention, ring_sdpa
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError, LayoutError, RankLost, RanksDisagree, RingctxError, Unsupported
 
@@ -21,8 +22,10 @@ __all__ = [
     "RankLost",
     "RanksDisagree",
     "Ring",
+    "RingAttention",
     "RingctxError",
     "Unsupported",
     "decode_attention",
     "ring_attention",
+    "ring_sdpa",
 ]

@@ -86,7 +86,9 @@ class Call:
             return LayoutError(f"The {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key heads.")
         if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
             return LayoutError(f"q, k and v must have one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}. Cast them before the call.")
-        sink = self.attention.sink
+        batch, sink = self.attention.pattern.batch(), self.attention.sink
+        if batch not in (None, q.shape[0]):
+            return LayoutError(f"The pattern tells {batch} rows of a batch apart, but q has {q.shape[0]}; make it from the ids of this batch.")
         if sink is not None and len(sink) != q.shape[2]:
             return LayoutError(f"The sink has {len(sink)} logits, but there are {q.shape[2]} query heads; give one each.")
         return None
@@ -160,9 +162,16 @@ def _plan(patterns: tuple, layout: Layout, key_layout: Layout, rank: int, transp
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], seed: int, batch_offset: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """out (b s h e), lse (b s h), and what backward wants kept besides: the traded q, k, v, out, lse, or nothing."""
-    agree(call.ring, call.facts(q, k, v, "forward", seed, batch_offset), call.problem(q, k, v))
-    route = call.route(q, k, v)
-    work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset)
+    problem = call.problem(q, k, v)
+    try:
+        route = None if problem else call.route(q, k, v)
+        if route:
+            work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset)
+            work.check(route.plan.all_tiles, q, v.shape[3], call.train)
+    except RingctxError as error:
+        problem = error
+    agree(call.ring, call.facts(q, k, v, "forward", seed, batch_offset), problem)
+    assert route is not None
     if route.trades is None:
         out, lse = _run_forward(work, route, q, k, v)
         return out, lse, []

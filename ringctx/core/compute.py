@@ -6,7 +6,7 @@ Letters: b batch, s query tokens here, n visiting keys, h query heads, g key hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -164,26 +164,38 @@ class Work:
 
     # -- one tile ---------------------------------------------------------------------------------------------------
 
-    def _tile(
-        self, group: HeadGroup, tile: Tile, q: Tensor, k: Tensor, v: Tensor, queries: Ranges, keys: Ranges, backward: bool = False
-    ) -> tuple[Kernel, TileScores]:
-        verdict, a, b, c, d = tile
-        attention, grad = self.attention, backward and self.need_param_grads and bool(self.attention.additive)
+    def choose(self, verdict: int, q: Tensor, h: int, g: int, e: int, backward: bool) -> Kernel:
+        """The kernel for tiles of this verdict with h query and g key heads; raises Unsupported with every reason."""
+        attention = self.attention
         call = Call(
             device=q.device.type,
             dtype=q.dtype,
-            h=q.shape[2],
-            g=k.shape[2],
+            h=h,
+            g=g,
             d=q.shape[3],
-            e=v.shape[3],
+            e=e,
             causal=verdict == CAUSAL,
             mask=verdict == PARTIAL,
             elementwise=bool(attention.elementwise),
             bias=bool(attention.additive),
-            bias_grad=grad,
+            bias_grad=backward and self.need_param_grads and bool(attention.additive),
             dropout=attention.dropout > 0,
             backward=backward,
         )
+        return kernels.choose(call, self.kernel)
+
+    def check(self, tiles: Iterable[Sequence[tuple[Tile, ...]]], q: Tensor, e: int, backward: bool) -> None:
+        """Raise Unsupported before anything moves, if some tile would find no kernel."""
+        for group, verdict in {(g, t[0]) for visit in tiles for g, rows in zip(self.groups, visit, strict=True) for t in rows}:
+            for way in (False, True)[: 1 + backward]:
+                self.choose(verdict, q, len(group.rows), len(group.keys), e, way)
+
+    def _tile(
+        self, group: HeadGroup, tile: Tile, q: Tensor, k: Tensor, v: Tensor, queries: Ranges, keys: Ranges, backward: bool = False
+    ) -> tuple[Kernel, TileScores]:
+        verdict, a, b, c, d = tile
+        attention = self.attention
+        grad = backward and self.need_param_grads and bool(attention.additive)
         i, j = indices_of(queries, q.device)[a:b], indices_of(keys, q.device)[c:d]
         heads = torch.tensor(group.heads, device=q.device)
         scores = TileScores(
@@ -195,7 +207,7 @@ class Work:
             bias_grad=(lambda dbias: self._bias_grad(dbias, heads, i, j)) if grad else None,
             keep=(lambda: self._keep(q.shape[0], heads, i, j)) if attention.dropout > 0 else None,
         )
-        return kernels.choose(call, self.kernel), scores
+        return self.choose(verdict, q, q.shape[2], k.shape[2], v.shape[3], backward), scores
 
     def _score_params(self) -> list[tuple[int, tuple[Tensor, ...]]]:
         at, found = int(self.attention.sink is not None), []

@@ -10,12 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from ringctx.errors import LayoutError
+
+if TYPE_CHECKING:
+    from ringctx.core.attention import Attention
 
 Ranges = tuple[range, ...]
 
@@ -153,6 +156,14 @@ class Layout:
                 at += width
             spare = (spare + extra) % chunks
         return cls(tuple(join(ranges) for ranges in owned))
+
+    @classmethod
+    def balanced(cls, length: int, size: int, attention: Attention) -> Self:
+        """Blocks of tokens dealt by the planned cost of their queries, so that any pattern loads all ranks alike."""
+        from ringctx.core.balance import deal
+
+        _check(length, size)
+        return cls(deal(length, size, attention.pattern))
 
     # -- what a layout answers --------------------------------------------------------------------------------------
 

@@ -23,8 +23,10 @@ def forward(work: Work, plan: Plan, ring: Ring, queries: Ranges, q: Tensor, k: T
     """out (b s h e) in q's dtype and lse (b s h) for this rank's queries over all keys of the ring."""
     totals = work.empty(q, v.shape[3])
     for _, present in visits(plan, ring, (k, v)):
-        for visit, (visiting_k, visiting_v) in present:
-            work.forward(totals, visit.tiles, q, queries, visiting_k, visiting_v, visit.ranges)
+        while present:  # emptied, so that no block outlives its hop
+            visit, block = present.pop(0)
+            work.forward(totals, visit.tiles, q, queries, *block, visit.ranges)
+            del block
     return work.whole(totals, q, v.shape[3])
 
 
@@ -54,10 +56,12 @@ def backward(
             work.backward((dq, dk, dv), first, rows, queries, k, v, plan.home.ranges)
             continue
         done = []
-        for visit, (visiting_k, visiting_v) in present:
-            grads = tuple(torch.zeros_like(x, dtype=dk.dtype) for x in (visiting_k, visiting_v))
-            work.backward((dq, *grads), visit.tiles, rows, queries, visiting_k, visiting_v, visit.ranges)
+        while present:
+            visit, block = present.pop(0)
+            grads = tuple(torch.zeros_like(x, dtype=dk.dtype) for x in block)
+            work.backward((dq, grads[0], grads[1]), visit.tiles, rows, queries, *block, visit.ranges)
             done.append((visit, grads))
+            del block
         homeward.hop(number, done)
     if second is not None:
         work.backward((dq, dk, dv), second, rows, queries, k, v, plan.home.ranges)

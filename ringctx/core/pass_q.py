@@ -36,10 +36,14 @@ class QueryPlan:
     hosts: tuple[int | None, ...]
 
     @property
+    def all_tiles(self) -> tuple[tuple[tuple[Tile, ...], ...], ...]:
+        """The tiles of home and of every guest, each by head group."""
+        return (self.home, *(g[1] for g in self.guests if g))
+
+    @property
     def cost(self) -> int:
         """Query-key pairs this rank computes."""
-        groups = [self.home, *(g[1] for g in self.guests if g)]
-        return sum(area(rows) for group in groups for rows in group)
+        return sum(area(rows) for group in self.all_tiles for rows in group)
 
     def explain(self) -> str:
         """Who is asked and who is served."""

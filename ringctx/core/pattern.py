@@ -19,7 +19,7 @@ HeadGroups = tuple[tuple[tuple[int, ...], "Pattern"], ...]
 
 
 class Verdict(enum.IntEnum):
-    """What a pattern says about a tile (a span of queries times a span of keys)."""
+    """What a pattern says about a tile (a span of queries times a span of keys). The order serves And and Or."""
 
     EMPTY = 0
     """No query of the span sees any key of the span."""
@@ -145,12 +145,9 @@ class And(Pair):
 
     def judge(self, q: range, k: range) -> Verdict:
         left = self.left.judge(q, k)
-        if left is EMPTY:
+        if left is EMPTY or (right := self.right.judge(q, k)) is EMPTY:
             return EMPTY
-        right = self.right.judge(q, k)
-        if right is EMPTY or left is FULL:
-            return right
-        return left if right is FULL or left is right else PARTIAL
+        return max(left, right)  # FULL gives way to the other verdict, and PARTIAL to none
 
     def __str__(self) -> str:
         return " & ".join(f"({part})" if isinstance(part, Or) else f"{part}" for part in (self.left, self.right))
@@ -165,12 +162,9 @@ class Or(Pair):
 
     def judge(self, q: range, k: range) -> Verdict:
         left = self.left.judge(q, k)
-        if left is FULL:
+        if left is FULL or (right := self.right.judge(q, k)) is FULL:
             return FULL
-        right = self.right.judge(q, k)
-        if right is FULL or left is EMPTY:
-            return right
-        return left if right is EMPTY or left is right else PARTIAL
+        return max(left, right)  # EMPTY gives way to the other verdict, and PARTIAL to none
 
     def __str__(self) -> str:
         return " | ".join(f"({part})" if isinstance(part, And) else f"{part}" for part in (self.left, self.right))

@@ -69,6 +69,11 @@ class Plan:
     hops: tuple[Hop, ...]
 
     @property
+    def all_tiles(self) -> tuple[tuple[tuple[Tile, ...], ...], ...]:
+        """The tiles of home and of every visit, each by head group."""
+        return (self.home.tiles, *(v.tiles for hop in self.hops for v in hop.visits))
+
+    @property
     def tokens_received(self) -> int:
         """Tokens whose key and value arrive here in forward (and again in backward)."""
         return sum(width(p.spans) for hop in self.hops for p in hop.receive)

@@ -120,7 +120,7 @@ def _additive_mask(q: Tensor, k: Tensor, scores: TileScores) -> Tensor | None:
     bias = torch.zeros((), dtype=dtype, device=q.device) if scores.bias is None else scores.bias().to(dtype)
     total = bias if seen is None else torch.where(seen, bias, -math.inf)
     total = total.expand(torch.broadcast_shapes(total.shape, (q.shape[1], k.shape[1])))
-    return unit_stride(total)[(None,) * (4 - total.ndim)]
+    return total[(None,) * (4 - total.ndim)]
 
 
 def _backward_call(

@@ -6,6 +6,7 @@ document -> tokens -> layout -> ring prefill, keys stay where they are -> decode
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -121,7 +122,8 @@ class Engine:
 
     def prompt(self, document: str, question: str) -> list[int]:
         """The tokens of the user's message, with the model's chat template around it where it has one."""
-        text = self.config.generation.prompt.replace("{document}", document).replace("{question}", question)
+        parts = {"{document}": document, "{question}": question}
+        text = re.sub("|".join(parts), lambda found: parts[found[0]], self.config.generation.prompt)
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(text).input_ids)
         messages = [{"role": "user", "content": text}]

@@ -142,6 +142,12 @@ def test_a_causal_tile_stays_causal_when_the_rest_allows_all(pattern):
     assert pattern.judge(range(8), range(8)) is CAUSAL
 
 
+def test_tiles_of_a_striped_layout_are_causal_where_they_align():
+    assert causal().judge(range(2, 40, 4), range(1, 40, 4)) is CAUSAL
+    assert causal().judge(range(1, 40, 4), range(1, 40, 4)) is CAUSAL
+    assert causal().judge(range(1, 40, 4), range(2, 40, 4)) is PARTIAL
+
+
 def test_tokens_laid_out_by_residue_make_dilated_all_or_nothing():
     assert dilated(4).judge(range(1, 40, 4), range(5, 80, 4)) is FULL
     assert dilated(4).judge(range(1, 40, 4), range(2, 80, 4)) is EMPTY

@@ -1,0 +1,140 @@
+"""Efficiency and accuracy of the ring against torch's own attention, side by side in one run.
+
+The anchor is one process with as many threads as there are ranks, torch's scaled_dot_product_attention on the whole
+sequence; the ring is that many ranks of one thread each, on the same tensors. Both are timed in turn, in every round, so
+that a machine that slows down slows both; medians are reported. Rank 0 runs the anchor while the others sleep in a receive.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringctx.core.attention import Attention
+from ringctx.core.entry import ring_attention
+from ringctx.core.layout import Layout
+from ringctx.core.ring import Ring
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: zigzag, causal, one sequence."""
+
+    S: int
+    dtype: torch.dtype
+    transport: str
+    h: int = 8
+    g: int = 8
+    d: int = 64
+    kernel: str = "auto"
+
+    def __str__(self) -> str:
+        return f"{self.transport}{'' if self.kernel == 'auto' else ' ' + self.kernel}, {self.h}:{self.g} heads, d {self.d}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds (medians) and the anchor's time over the ring's, forward and forward + backward."""
+
+    name: str
+    S: int
+    ranks: int
+    dtype: str
+    forward_ms: float
+    backward_ms: float
+    anchor_forward_ms: float
+    anchor_backward_ms: float
+    efficiency_forward: float
+    efficiency: float
+    error: dict[str, float] | None = None
+
+
+Times = tuple[float, float]
+
+
+def measure(ring: Ring, case: Case, rounds: int) -> Row | None:
+    """Time ring and anchor in turn; the row on rank 0, None elsewhere. All ranks must call this together."""
+    layout = Layout.zigzag(case.S, ring.size)
+    generator = torch.Generator().manual_seed(0)
+    new = lambda heads: torch.randn(1, case.S, heads, case.d, generator=generator).to(case.dtype)
+    q, k, v, dout = new(case.h), new(case.g), new(case.g), new(case.h)
+    mine = [layout.shard(x, ring.rank) for x in (q, k, v, dout)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = ring_attention(q, k, v, ring=ring, layout=layout, attention=Attention(), transport=case.transport, kernel=case.kernel)
+        assert isinstance(out, Tensor)
+        return out
+
+    ours: list[Times] = []
+    anchors: list[Times] = []
+    _timed(attend, mine)  # warm-up: plans, allocator
+    for _ in range(rounds):
+        _meet(ring)
+        ours.append(_timed(attend, mine))
+        _meet(ring)
+        if ring.rank == 0:
+            torch.set_num_threads(ring.size)
+            anchors.append(_timed(_sdpa, [q, k, v, dout]))
+            torch.set_num_threads(1)
+    slowest = _slowest(ring, ours)
+    return _row(case, ring.size, slowest, anchors) if ring.rank == 0 else None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    views = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*views, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def _timed(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Times:
+    q, k, v, dout = tensors
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    began = time.perf_counter()
+    out = attend(*leaves)
+    middle = time.perf_counter()
+    out.backward(dout)
+    return middle - began, time.perf_counter() - middle
+
+
+def _meet(ring: Ring) -> None:
+    if ring.group is not None:
+        dist.barrier(ring.group)
+
+
+def _slowest(ring: Ring, times: list[Times]) -> list[Times]:
+    """Each round as long as its slowest rank took."""
+    both = torch.tensor(times, dtype=torch.float64)
+    if ring.group is not None:
+        dist.all_reduce(both, dist.ReduceOp.MAX, ring.group)
+    return [(float(f), float(b)) for f, b in both]
+
+
+def _row(case: Case, ranks: int, ours: list[Times], anchors: list[Times]) -> Row:
+    forward, backward = (statistics.median(t[n] for t in ours) for n in (0, 1))
+    anchor = tuple(statistics.median(t[n] for t in anchors) for n in (0, 1))
+    ratio = statistics.median((a[0] + a[1]) / (o[0] + o[1]) for a, o in zip(anchors, ours, strict=True))
+    ratio_forward = statistics.median(a[0] / o[0] for a, o in zip(anchors, ours, strict=True))
+    dtype = str(case.dtype).removeprefix("torch.")
+    ms = [round(1000 * t, 1) for t in (forward, backward, *anchor)]
+    return Row(str(case), case.S, ranks, dtype, *ms, round(ratio_forward, 3), round(ratio, 3))
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    head = "| case | S | ranks | dtype | forward ms, anchor | backward ms, anchor | efficiency forward | forward + backward |\n" + "|---" * 8 + "|"
+    cells = (
+        f"| {r.name} | {r.S} | {r.ranks} | {r.dtype} | {r.forward_ms}, {r.anchor_forward_ms} | {r.backward_ms}, {r.anchor_backward_ms} "
+        f"| {r.efficiency_forward:.2f} | **{r.efficiency:.2f}** |"
+        for r in rows
+    )
+    return "\n".join([head, *cells])
+
+
+def as_json(rows: list[Row]) -> list[dict[str, object]]:
+    """The rows for `--json`."""
+    return [asdict(r) for r in rows]

@@ -1,0 +1,126 @@
+"""KVCache: every token is kept by one rank, in the order of the layout's indices, before rotation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from ringctx.core.attention import Attention
+from ringctx.core.layout import Layout
+from ringctx.errors import ConfigError, LayoutError
+from ringctx.methods.rotary import Rotary
+from ringctx.runtime.cache import KVCache
+
+ROTARY = Attention(encoding=Rotary((1.0, 0.1)))
+
+
+def keys_of(indices: Tensor) -> Tensor:
+    """Keys (1 n 2 4) that tell which index they are of."""
+    return indices.double()[None, :, None, None] + torch.arange(8, dtype=torch.float64).view(1, 1, 2, 4) / 10
+
+
+def filled(layout: Layout, rank: int, num_new: int, *, page: int = 4, layers: int = 2, **kwargs) -> KVCache:
+    cache = KVCache(layers, rank, layout.size, page=page, **kwargs)
+    cache.extend(layout)
+    for layer in range(layers):
+        cache.append(layer, keys_of(layout.indices(rank)), -keys_of(layout.indices(rank)))
+    for n in range(num_new):
+        cache.grow()
+        new = keys_of(torch.tensor([layout.length + n]))
+        for layer in range(layers):
+            cache.append(layer, new, -new)
+    return cache
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("num_new", [0, 1, 4, 5, 30])
+def test_every_token_is_kept_once_where_the_layout_says(size, num_new):
+    layout = Layout.zigzag(11, size)
+    caches = [filled(layout, rank, num_new) for rank in range(size)]
+    assert all(cache.layout == caches[0].layout for cache in caches)
+    whole = caches[0].layout
+    assert whole.length == 11 + num_new
+    assert sum(whole.count(rank) for rank in range(size)) == whole.length
+    for rank, cache in enumerate(caches):
+        for layer in range(2):
+            k, v = cache.read(layer)
+            assert_close(k, keys_of(whole.indices(rank)))
+            assert_close(v, -k)
+
+
+def test_new_tokens_go_to_the_ranks_in_turn_a_page_at_a_time():
+    layout = filled(Layout.contiguous(3, 2), 0, 10, page=4).layout
+    assert [layout.owner(i) for i in range(3, 13)] == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0]
+
+
+def test_several_tokens_at_once_may_cross_a_page():
+    caches = [filled(Layout.contiguous(4, 2), rank, 3) for rank in range(2)]
+    new = keys_of(torch.arange(7, 10))
+    for rank, cache in enumerate(caches):
+        cache.grow(3)
+        cache.append(0, new, new)
+        assert_close(cache.read(0)[0], keys_of(cache.layout.indices(rank)))
+
+
+def test_tokens_that_go_round_all_ranks_at_once_are_refused():
+    with pytest.raises(LayoutError, match="grow by at most 4 at a time"):
+        filled(Layout.contiguous(4, 2), 0, 0).grow(12)
+
+
+def test_a_second_chunk_of_the_prompt_is_appended():
+    first, second = Layout.contiguous(4, 2), Layout(((range(4, 6),), (range(6, 9),)))
+    cache = filled(first, 1, 0)
+    cache.extend(second)
+    cache.append(0, keys_of(second.indices(1)), keys_of(second.indices(1)))
+    assert cache.layout.indices(1).tolist() == [2, 3, 6, 7, 8]
+    assert_close(cache.read(0)[0], keys_of(cache.layout.indices(1)))
+
+
+def test_the_same_index_twice_is_refused():
+    with pytest.raises(LayoutError, match="share an index"):
+        filled(Layout.contiguous(4, 1), 0, 0).extend(Layout.contiguous(2, 1))
+
+
+@pytest.mark.parametrize("num_new", [0, 1, 9])
+def test_the_rotated_copy_is_the_keys_rotated(num_new):
+    layout = Layout.zigzag(11, 2)
+    for rank in range(2):
+        cache = filled(layout, rank, 0)
+        cache.encoded(0, ROTARY)
+        for n in range(num_new):
+            cache.grow()
+            new = keys_of(torch.tensor([layout.length + n]))
+            cache.append(0, new, new)
+            cache.encoded(0, ROTARY)
+        want = ROTARY.encoding.rotate(keys_of(cache.layout.indices(rank)), cache.layout.indices(rank))
+        assert_close(cache.encoded(0, ROTARY), want)
+
+
+def test_no_rotated_copy_where_nothing_rotates_or_none_is_wanted():
+    assert filled(Layout.zigzag(4, 1), 0, 0).encoded(0, Attention()) is None
+    assert filled(Layout.zigzag(4, 1), 0, 0, keep_rotated=False).encoded(0, ROTARY) is None
+
+
+def test_memory_grows_by_pages_and_not_before_the_room_is_used():
+    one_token = 2 * 4 * 8 * 2 * 2  # heads, dims, bytes, keys and values, layers
+    assert filled(Layout.zigzag(5, 1), 0, 0, page=4).bytes == 8 * one_token
+    assert filled(Layout.zigzag(5, 1), 0, 4, page=4).bytes == 12 * one_token
+    assert filled(Layout.zigzag(5, 1), 0, 4, page=4, room=20).bytes == 20 * one_token
+
+
+def test_a_rank_without_tokens_has_empty_keys():
+    cache = filled(Layout(((range(3),), ())), 1, 2)
+    assert cache.read(0)[0].shape == (1, 0, 2, 4)
+    assert cache.encoded(0, ROTARY).shape == (1, 0, 2, 4)
+
+
+def test_reading_before_the_prefill_is_a_sentence():
+    with pytest.raises(LayoutError, match="run the prefill first"):
+        KVCache(1, 0, 1).read(0)
+
+
+def test_a_page_of_nothing_is_refused():
+    with pytest.raises(ConfigError, match="a page holds at least 1 token"):
+        KVCache(1, 0, 1, page=0)

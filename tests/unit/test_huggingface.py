@@ -1,0 +1,199 @@
+"""wrap: a wrapped model says what the model itself says, for every family in the table; the rest is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+transformers = pytest.importorskip("transformers")
+
+from ringctx.core.attention import Attention  # noqa: E402
+from ringctx.core.layout import Layout  # noqa: E402
+from ringctx.core.ring import Ring  # noqa: E402
+from ringctx.errors import ConfigError, LayoutError, Unsupported  # noqa: E402
+from ringctx.huggingface import FAMILIES, unwrap, wrap  # noqa: E402
+from ringctx.patterns import causal, window  # noqa: E402
+from ringctx.runtime.cache import KVCache  # noqa: E402
+
+WINDOWS = {"sliding_window": 16}
+MIXED = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}
+EXTRA: dict[str, dict[str, Any]] = {
+    "mistral": WINDOWS,
+    "starcoder2": WINDOWS,
+    "mixtral": {**WINDOWS, "num_local_experts": 4},
+    "gemma2": {**WINDOWS, "head_dim": 32},
+    "qwen2": MIXED,
+    "qwen3": {**MIXED, "head_dim": 32},
+    "qwen3_moe": {**MIXED, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0},
+}
+IDS = torch.randint(3, 97, (2, 50), generator=torch.Generator().manual_seed(0))
+POSITIONS = torch.arange(50)[None]
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def tiny(kind: str = "llama", **extra: Any) -> Any:
+    """A small random model of a family, with its own eager attention."""
+    shape: dict[str, Any] = {
+        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = transformers.AutoConfig.for_model(kind, **(shape | EXTRA.get(kind, {}) | extra))
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3 if weight.ndim > 1 else 1)  # sharper attention, so that a wrong mask shows
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, **kwargs: Any) -> torch.Tensor:
+    return model(IDS, position_ids=POSITIONS, use_cache=False, **kwargs).logits
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_wrapped_model_says_what_it_said_and_unwraps(kind):
+    model = tiny(kind)
+    want = logits(model)
+    wrap(model, Ring.alone())
+    assert_close(logits(model), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+    unwrap(model)
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("rope", [YARN, LLAMA3], ids=lambda rope: rope["rope_type"])
+def test_scaled_frequencies_and_the_attention_factor_are_taken_over(rope):
+    model = tiny(rope_parameters=rope)
+    want = logits(model)
+    wrap(model, Ring.alone())
+    assert_close(logits(model), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep_rotated", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "smollm3"])
+def test_prefill_and_decode_say_what_the_whole_says(kind, keep_rotated):
+    model = tiny(kind)
+    want = logits(model)[:1]
+    context = wrap(model, Ring.alone())
+    cache, layout = KVCache(4, 0, 1, keep_rotated=keep_rotated), Layout.zigzag(40, 1)
+    cache.extend(layout)
+    with context.running(layout, cache):
+        parts = [model(IDS[:1, :40], position_ids=POSITIONS[:, :40], use_cache=False).logits]
+    for n in range(40, 50):
+        cache.grow()
+        with context.running(cache=cache, decoding=True):
+            parts.append(model(IDS[:1, n : n + 1], position_ids=POSITIONS[:, n : n + 1], use_cache=False).logits)
+    assert_close(torch.cat(parts, 1), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+
+
+@torch.no_grad()
+def test_a_prompt_in_two_chunks_says_what_the_whole_says():
+    model = tiny()
+    want = logits(model)[:1]
+    context, cache, parts = wrap(model, Ring.alone()), KVCache(4, 0, 1), []
+    for span in (range(30), range(30, 50)):
+        layout = Layout(((span,),))
+        cache.extend(layout)
+        with context.running(layout, cache):
+            parts.append(model(IDS[:1, span], position_ids=POSITIONS[:, span], use_cache=False).logits)
+    assert_close(torch.cat(parts, 1), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+
+
+def test_a_window_of_the_users_is_a_window_of_the_models():
+    narrow, plain = tiny("mistral"), tiny("mistral", sliding_window=None)
+    plain.load_state_dict(narrow.state_dict())
+    want = logits(narrow)
+    wrap(plain, Ring.alone(), Attention(pattern=causal() & window(16)))
+    assert_close(logits(plain), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+
+
+def test_attention_may_differ_by_layer():
+    model = tiny()
+    whole = logits(model)
+    wrap(model, Ring.alone(), {layer: Attention() for layer in range(3)})
+    assert_close(logits(model), whole, atol=2e-5 * float(whole.abs().max()), rtol=0)
+    unwrap(model)
+    wrap(model, Ring.alone(), {3: Attention(pattern=causal() & window(2))})
+    assert not torch.allclose(logits(model), whole, atol=1e-2)
+
+
+def test_gradients_are_the_models_own():
+    model = tiny()
+    want = torch.autograd.grad(model(IDS, position_ids=POSITIONS).logits.square().mean(), list(model.parameters()))
+    wrap(model, Ring.alone())
+    got = torch.autograd.grad(model(IDS, position_ids=POSITIONS).logits.square().mean(), list(model.parameters()))
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0)
+
+
+def test_a_family_that_was_not_checked_is_refused_by_name():
+    model = tiny()
+    model.config.model_type = "falcon"
+    with pytest.raises(Unsupported, match=r"type 'falcon'.*Checked types: llama, mistral, qwen2, qwen3"):
+        wrap(model, Ring.alone())
+
+
+def test_frequencies_that_depend_on_the_length_are_refused():
+    model = tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0})
+    with pytest.raises(Unsupported, match="rotary type is 'dynamic'.*supported types: default, linear, llama3, yarn"):
+        wrap(model, Ring.alone())
+
+
+def test_padding_is_refused_and_an_attention_mask_of_ones_is_not():
+    model = tiny()
+    want = logits(model)
+    wrap(model, Ring.alone())
+    mask = torch.ones_like(IDS)
+    assert_close(logits(model, attention_mask=mask), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+    mask[0, :3] = 0
+    with pytest.raises(Unsupported, match="has zeros \\(padding\\)"):
+        logits(model, attention_mask=mask)
+
+
+def test_a_mask_made_by_hand_is_refused():
+    model = tiny()
+    wrap(model, Ring.alone())
+    with pytest.raises(Unsupported, match="say it as a Pattern"):
+        logits(model, attention_mask=torch.zeros(2, 1, 50, 50))
+
+
+def test_position_ids_that_are_not_the_indices_are_refused():
+    model = tiny()
+    wrap(model, Ring.alone())
+    with pytest.raises(LayoutError, match=r"position ids 5, 6, 7, 8, … 54, but its tokens' indices are 0, 1, 2, 3, … 49"):
+        model(IDS, position_ids=POSITIONS + 5, use_cache=False)
+
+
+def test_mistakes_are_sentences():
+    model = tiny()
+    context = wrap(model, Ring.alone())
+    with pytest.raises(ConfigError, match="wrapped already; call unwrap"):
+        wrap(model, Ring.alone())
+    with pytest.raises(LayoutError, match="layout is for 2 ranks, but the ring has 1"), context.running(Layout.zigzag(50, 2)):
+        pass
+    with pytest.raises(LayoutError, match="was given 50 tokens, but the layout gives it 40"), context.running(Layout.zigzag(40, 1)):
+        logits(model)
+    with pytest.raises(ConfigError, match="pass cache="), context.running(decoding=True):
+        pass
+    with pytest.raises(ConfigError, match=r"names layers \[7\], but the model has layers 0 to 3"):
+        wrap(tiny(), Ring.alone(), {7: Attention()})
+    with pytest.raises(Unsupported, match="Linear is not a transformers model"):
+        wrap(torch.nn.Linear(2, 2), Ring.alone())
+
+
+def test_a_rank_without_tokens_is_fed_one_that_counts_for_nothing():
+    model = tiny()
+    context = wrap(model, Ring.alone())
+    with context.running(Layout(((),))):
+        assert model(IDS[:1, :1], position_ids=POSITIONS[:, :1], use_cache=False).logits.shape == (1, 1, 97)

@@ -1,0 +1,57 @@
+"""Launch: out of how the ranks ended comes one sentence and one exit code, the cause's and not its echo's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ringctx.runtime.launch import End, _ends, cause, leave
+
+REQUEST = End(1, 2, "ring.timeout is soon")
+ECHO = End(0, 3, "rank 1 closed its connection")
+STOPPED = End(2, 3, "stopped", survivor=True)
+BUG = End(3, 1, "a bug")
+KILLED = End(1, 3, "killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    ("left", "silent", "want"),
+    [
+        ([REQUEST], [], REQUEST),
+        ([ECHO, REQUEST], [], REQUEST),
+        ([ECHO, REQUEST, STOPPED], [], REQUEST),
+        ([ECHO, BUG], [], BUG),
+        ([REQUEST, BUG], [], BUG),
+        ([ECHO], [KILLED], KILLED),
+        ([ECHO, STOPPED], [], ECHO),
+        ([STOPPED], [], STOPPED),
+        ([STOPPED], [KILLED], KILLED),
+        ([REQUEST], [End(1, 3, "exit code 2")], REQUEST),
+        ([REQUEST], [End(0, 3, "killed by SIGTERM")], REQUEST),
+    ],
+)
+def test_the_cause_is_reported(left, silent, want):
+    assert cause(left, silent) == want
+
+
+@pytest.mark.parametrize("end", [REQUEST, STOPPED], ids=["failure", "survivor"])
+def test_what_a_rank_leaves_is_what_the_launcher_finds(end, tmp_path, monkeypatch):
+    folder = tmp_path / "attempt_0" / str(end.rank)
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+    leave(end)
+    assert _ends(tmp_path) == [end]
+    assert json.loads((folder / "error.json").read_text())["message"]["extraInfo"]["exitcode"] == end.code
+
+
+def test_a_survivor_does_not_write_over_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    leave(REQUEST)
+    leave(STOPPED)
+    assert _ends(tmp_path) == [REQUEST]
+
+
+def test_half_a_file_counts_as_silence(tmp_path):
+    (tmp_path / "error.json").write_text('{"message": {"mess')
+    assert _ends(tmp_path) == []

@@ -1,0 +1,167 @@
+"""Weights, stream and engine on one process with the random model."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from ringctx.config import AttentionConfig, parse  # noqa: E402
+from ringctx.core.ring import Ring  # noqa: E402
+from ringctx.errors import ConfigError  # noqa: E402
+from ringctx.runtime import device, weights  # noqa: E402
+from ringctx.runtime.engine import Engine, Listener, attention_of  # noqa: E402
+from ringctx.runtime.stream import Stream  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """A cache folder of this module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def engine(*overrides: str) -> Engine:
+    return Engine.load(parse("model: {path: random-tiny, dtype: float32, device: cpu}", overrides), Ring.alone())
+
+
+def test_a_named_model_is_made_once_however_many_ask(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setitem(weights.NAMED, "made-up", make)
+    asking = [threading.Thread(target=weights.checkpoint, args=("made-up",)) for _ in range(4)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert len(made) == 1
+    assert weights.checkpoint("made-up") == tmp_path / "ringctx" / "made-up"
+    assert sorted(p.name for p in (tmp_path / "ringctx").iterdir()) == ["made-up", "made-up.lock"]
+
+
+def test_a_checkpoint_half_made_is_never_seen(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def fail(folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise OSError("no space left")
+
+    monkeypatch.setitem(weights.NAMED, "made-up", fail)
+    with pytest.raises(OSError, match="no space left"):
+        weights.checkpoint("made-up")
+    assert not weights.is_ready("made-up")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="has no config.json; give a checkpoint folder"):
+        weights.checkpoint(str(tmp_path))
+
+
+def test_auto_is_bfloat16_only_where_the_cpu_has_it(monkeypatch):
+    config = parse("").model
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(device, "has_native_bfloat16", lambda native=native: native)
+        assert device.dtype_of(config, torch.device("cpu")) is dtype
+    assert device.dtype_of(config, torch.device("cuda")) is torch.bfloat16
+    assert device.dtype_of(parse("model: {dtype: float16}").model, torch.device("cpu")) is torch.float16
+
+
+def test_streamed_pieces_are_the_answer_and_never_half_a_character():
+    tokenizer = engine().tokenizer
+    pieces: list[str] = []
+    stream = Stream(tokenizer, pieces.append)
+    for token in tokenizer("naïve 日本語 ok").input_ids:
+        stream.push(token)
+    assert stream.close() == "".join(pieces) == "naïve 日本語 ok"
+    assert "ï" in pieces and "日" in pieces
+
+
+def test_an_answer_that_ends_inside_a_character_is_still_written():
+    tokenizer = engine().tokenizer
+    pieces: list[str] = []
+    stream = Stream(tokenizer, pieces.append)
+    for token in tokenizer("a日").input_ids[:-1]:
+        stream.push(token)
+    assert stream.close() == "".join(pieces)
+    assert "".join(pieces).startswith("a")
+
+
+@pytest.mark.parametrize("settings", [(), ("cache.keep_rotated=false",), ("cache.page=1",), ("layout.kind=striped",)], ids=str)
+def test_tokens_are_those_of_transformers_own_generate(settings):
+    ours = engine("generation.max_new_tokens=24", *settings)
+    answer = ours.generate("In the beginning " * 9, "Who?")
+    assert answer.tokens == own_tokens(ours, "In the beginning " * 9, "Who?", 24)
+
+
+def own_tokens(ours: Engine, document: str, question: str, num_new: int) -> list[int]:
+    """What transformers generates from the same prompt, its own attention in place."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(weights.checkpoint("random-tiny"), dtype=torch.float32)
+    prompt = torch.tensor([ours.prompt(document, question)])
+    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_new, do_sample=False)
+    return made[0, prompt.shape[1] :].tolist()
+
+
+def test_the_listener_hears_of_everything():
+    heard: list[object] = []
+    listener = Listener(
+        began=lambda n: heard.append(n), layer=lambda n: heard.append(f"layer {n}"), prefilled=lambda: heard.append("prefilled"), text=heard.append
+    )
+    answer = engine("generation.max_new_tokens=3").generate("A", "B", listener)
+    assert heard[:4] == [answer.prompt_tokens, "layer 0", "layer 1", "prefilled"]
+    assert "".join(str(piece) for piece in heard[4:]) == answer.answer
+
+
+def test_one_answer_after_another_is_the_same_answer():
+    ours = engine("generation.temperature=1.0", "generation.seed=3", "generation.max_new_tokens=12")
+    assert ours.generate("A", "B").tokens == ours.generate("A", "B").tokens
+
+
+def test_generation_stops_at_the_end_of_text():
+    ours = engine("generation.max_new_tokens=24")
+    tokens = ours.generate("A", "B").tokens
+    ours.model.generation_config.eos_token_id = [tokens[5]]
+    first = tokens.index(tokens[5])
+    assert ours.generate("A", "B").tokens == tokens[: first + 1]
+
+
+def test_the_keys_of_the_answer_do_not_drift():
+    answer = engine("generation.max_new_tokens=2").generate("A", "B")
+    as_json = answer.json()
+    keys = ["answer", "tokens", "prompt_tokens", "ranks", "seconds", "tokens_per_second", "bytes", "memory"]
+    assert list(as_json) == keys
+    assert list(as_json["seconds"]) == ["load", "prefill", "first_token", "decode"]
+    assert list(as_json["tokens_per_second"]) == ["prefill", "decode"]
+
+
+def test_a_window_in_the_configuration_is_a_pattern():
+    assert attention_of(AttentionConfig()) is None
+    seen = attention_of(AttentionConfig(window=4, sinks=1)).pattern.allows(torch.tensor([9]), torch.arange(10))
+    assert seen[0].nonzero().flatten().tolist() == [0, 6, 7, 8, 9]
+
+
+def test_a_prompt_beyond_the_trained_length_warns(caplog):
+    ours = engine("generation.max_new_tokens=1")
+    ours.model.config.max_position_embeddings = 8
+    with caplog.at_level("WARNING", logger="ringctx"):
+        ours.generate("A long document", "B")
+    assert "the model was trained on 8; expect worse answers" in caplog.text
+
+
+def test_the_prompt_is_the_template_around_the_text():
+    ours = engine("generation.prompt=Read {document}. Answer {question}")
+    assert ours.tokenizer.decode(ours.prompt("a {question}", "b")) == "<|user|>Read a {question}. Answer b<|model|>"
+    ours.tokenizer.chat_template = None
+    assert ours.tokenizer.decode(ours.prompt("a", "b")) == "Read a. Answer b"
