@@ -228,6 +228,10 @@ def _refuse(attention: Attention, seed: int | None) -> None:
     if attention.normaliser != "softmax":
         wrong.append(f"normaliser={attention.normaliser!r}")
     if wrong:
-        raise Unsupported(f"The dense oracle was asked for {', '.join(wrong)}; it defines pattern, encoding, scores, sink, dropout and scale.")
+        raise Unsupported(
+            f"The dense oracle was asked for {', '.join(wrong)}; it defines pattern, encoding, scores, sink, dropout and scale."
+        )
     if attention.dropout and seed is None:
-        raise Unsupported(f"The dense oracle was asked for dropout {attention.dropout} without a seed; pass the seed that ring_attention got.")
+        raise Unsupported(
+            f"The dense oracle was asked for dropout {attention.dropout} without a seed; pass the seed that ring_attention got."
+        )

@@ -55,9 +55,10 @@ class RanksHang(AssertionError):
 
 
 class Pool:
-    """Up to eight gloo processes; grows from four when a job asks for more."""
+    """Up to eight gloo processes; grows from four when a job asks for more. ring_timeout: seconds that a rank waits for another."""
 
-    def __init__(self) -> None:
+    def __init__(self, ring_timeout: float = 30.0) -> None:
+        self._ring_timeout = ring_timeout
         self._folder = tempfile.TemporaryDirectory(prefix="ringctx-pool-")
         self._workers: list[_Worker] = []
         self._worlds = itertools.count()
@@ -79,7 +80,7 @@ class Pool:
         self._grow(size)
         if (size, fold) not in self._ready:
             number = next(self._rings)
-            self._send(len(self._workers), ("ring", number, size, fold))
+            self._send(len(self._workers), ("ring", number, size, fold, self._ring_timeout))
             self._collect(len(self._workers), 60.0)
             self._ready[size, fold] = number
         self._send(size, ("job", self._ready[size, fold], job, args))
@@ -235,9 +236,9 @@ def _obey(rank: int, rings: dict[Any, Any], message: tuple[Any, ...]) -> Any:
             store = dist.FileStore(path, size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
             return None
-        case ("ring", number, size, fold):
+        case ("ring", number, size, fold, limit):
             rings["made"] += 1
-            ring = _ring(size, fold, rings["made"])
+            ring = _ring(size, fold, limit, rings["made"])
             if rank < size:
                 rings[number] = ring
             return None
@@ -246,7 +247,7 @@ def _obey(rank: int, rings: dict[Any, Any], message: tuple[Any, ...]) -> Any:
     raise AssertionError(message)
 
 
-def _ring(size: int, fold: Fold, nth: int) -> Any:
+def _ring(size: int, fold: Fold, limit: float, nth: int) -> Any:
     """A ring of the first ranks, the nth of this world; called by every rank of the world, since groups and meshes are made by all."""
     import torch
     import torch.distributed as dist
@@ -259,10 +260,10 @@ def _ring(size: int, fold: Fold, nth: int) -> Any:
     if fold != Fold():
         shape = (fold.nodes, size // fold.heads // fold.nodes, fold.heads)
         mesh = DeviceMesh("cpu", torch.arange(size).view(shape), mesh_dim_names=("node", "ring", "heads"))
-        ring = Ring.from_mesh(mesh, ring="ring", heads="heads", node="node", timeout=30.0) if inside else None
+        ring = Ring.from_mesh(mesh, ring="ring", heads="heads", node="node", timeout=limit) if inside else None
     else:
         group = dist.new_group(list(range(size)))
-        ring = Ring.from_group(group, timeout=30.0) if inside else None
+        ring = Ring.from_group(group, timeout=limit) if inside else None
     # torch names a group made by its members alone after how many groups each of them has: keep those numbers equal on all ranks.
     while len(dist.distributed_c10d._world.pg_names) < GROUPS * nth:
         dist.new_group([dist.get_rank()], use_local_synchronization=True)

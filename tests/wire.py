@@ -5,6 +5,7 @@ Knows torch.distributed alone, so that it can judge what ringctx says of itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,21 +23,21 @@ COLLECTIVES = (
 
 @dataclass
 class Wire:
-    """Bytes and tensors that this process sent and received, by dtype, and the most bytes of received memory alive at once."""
+    """Tensors that this process sent and received, as (dtype, shape, bytes), and by dtype the most bytes of received memory alive at once."""
 
     sent: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
     received: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
-    most: int = 0
-    _alive: list[tuple[StorageWeakRef, int]] = field(default_factory=list)
+    most: Counter[str] = field(default_factory=Counter)
+    _alive: list[tuple[StorageWeakRef, str, int]] = field(default_factory=list)
 
     def note(self, incoming: bool, tensor: Tensor) -> None:
         """One tensor to or from a peer."""
-        size = tensor.numel() * tensor.element_size()
-        (self.received if incoming else self.sent).append((str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), size))
+        size, dtype = tensor.numel() * tensor.element_size(), str(tensor.dtype).removeprefix("torch.")
+        (self.received if incoming else self.sent).append((dtype, tuple(tensor.shape), size))
         if incoming and tensor.dim() == 4:
             storage = tensor.untyped_storage()
-            self._alive = [x for x in self._alive if not x[0].expired()] + [(StorageWeakRef(storage), storage.nbytes())]
-            self.most = max(self.most, sum(x[1] for x in self._alive))
+            self._alive = [x for x in self._alive if not x[0].expired()] + [(StorageWeakRef(storage), dtype, storage.nbytes())]
+            self.most[dtype] = max(self.most[dtype], sum(x[2] for x in self._alive if x[1] == dtype))
 
     def bytes(self, incoming: bool, dims: int = 4) -> int:
         """Bytes of tensors with so many dims: headers have one, keys and values four."""
@@ -47,7 +48,8 @@ class Wire:
 def tapped() -> Iterator[Wire]:
     """Note everything until the end of the block; a collective, whose bytes cannot be seen here, raises."""
     wire = Wire()
-    real = {name: getattr(dist.ProcessGroup, name) for name in ("send", "recv", *COLLECTIVES) if hasattr(dist.ProcessGroup, name)}
+    kept = {name: vars(dist.ProcessGroup)[name] for name in ("send", "recv", *COLLECTIVES) if name in vars(dist.ProcessGroup)}
+    real = {name: getattr(dist.ProcessGroup, name) for name in kept}
 
     def noted(name: str) -> Any:
         def call(group: Any, tensors: list[Tensor], *args: Any) -> Any:
@@ -68,5 +70,5 @@ def tapped() -> Iterator[Wire]:
     try:
         yield wire
     finally:
-        for name, function in real.items():
+        for name, function in kept.items():
             setattr(dist.ProcessGroup, name, function)

@@ -10,11 +10,14 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ringctx.core.pattern import Causal, Pattern
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.kernels.base import Elementwise
+
+Params = tuple[Tensor, ...]
 
 
 class Encoding(Protocol):
@@ -31,14 +34,14 @@ class Encoding(Protocol):
 class AdditiveScore(Protocol):
     """A score that adds a number to each logit, known from head and indices: ALiBi, a bias table."""
 
-    def params(self) -> tuple[Tensor, ...]:
+    def params(self) -> Params:
         """The tensors it is made of, replicated on every rank. Their gradients are this rank's share, to be summed over the ring."""
 
-    def bias(self, heads: Tensor, i: Tensor, j: Tensor, params: tuple[Tensor, ...]) -> Tensor:
+    def bias(self, heads: Tensor, i: Tensor, j: Tensor, params: Params, dtype: torch.dtype | None = None) -> Tensor:
         """What is added for these heads, queries i and keys j: (h or 1, q, k)."""
 
-    def grads(self, dbias: Tensor, heads: Tensor, i: Tensor, j: Tensor, params: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """From dbias (b h q k) of one tile, that tile's contribution to the gradient of each param."""
+    def grads(self, dbias: Tensor, heads: Tensor, i: Tensor, j: Tensor, params: Params, into: Params | None = None) -> Params:
+        """From dbias (b h q k) of one tile, that tile's contribution to each param's gradient, added to `into` if given."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,7 +50,9 @@ class Route:
     def explain(self) -> str:
         """Which transport and why, then the plan."""
         why = [self.choice.explain()] if self.choice else []
-        trade = [f"heads traded for tokens among {self.members} ranks; query heads each {[len(x) for x in self.q_heads]}"] * (self.members > 1)
+        trade = [f"heads traded for tokens among {self.members} ranks; query heads each {[len(x) for x in self.q_heads]}"] * (
+            self.members > 1
+        )
         return "\n".join([*why, *trade, self.plan.explain()])
 
 
@@ -72,23 +74,33 @@ class Call:
         if self.transport not in ("auto", *TRANSPORTS):
             return ConfigError(f"transport must be one of auto {' '.join(TRANSPORTS)}; got {self.transport!r}.")
         if layout.size != ring.size or key_layout.size != ring.size:
-            return LayoutError(f"The ring has {ring.size} ranks, but the layouts have {layout.size} and {key_layout.size}; make them for {ring.size}.")
+            return LayoutError(
+                f"The ring has {ring.size} ranks, but the layouts have {layout.size} and {key_layout.size}; make them for {ring.size}."
+            )
         if {q.dim(), k.dim(), v.dim()} != {4}:
             return LayoutError(f"q, k and v must be (b, s, heads, width); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
         if q.shape[1] != layout.count(ring.rank):
-            return LayoutError(f"q has {q.shape[1]} tokens, but the layout gives rank {ring.rank} {layout.count(ring.rank)}; use layout.shard.")
+            return LayoutError(
+                f"q has {q.shape[1]} tokens, but the layout gives rank {ring.rank} {layout.count(ring.rank)}; use layout.shard."
+            )
         if k.shape[1] != key_layout.count(ring.rank) or v.shape[1] != k.shape[1]:
             have = f"k has {k.shape[1]} tokens and v {v.shape[1]}"
-            return LayoutError(f"{have}, but the layout gives rank {ring.rank} {key_layout.count(ring.rank)}; use layout.shard, or pass key_layout.")
+            return LayoutError(
+                f"{have}, but the layout gives rank {ring.rank} {key_layout.count(ring.rank)}; use layout.shard, or pass key_layout."
+            )
         if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[2] != v.shape[2]:
-            return LayoutError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must share the batch, q and k the width, k and v the heads.")
+            return LayoutError(
+                f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must share the batch, q and k the width, k and v the heads."
+            )
         if not k.shape[2] or q.shape[2] % k.shape[2]:
             return LayoutError(f"The {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key heads.")
         if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
             return LayoutError(f"q, k and v must have one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}. Cast them before the call.")
         batch, sink = self.attention.pattern.batch(), self.attention.sink
         if batch not in (None, q.shape[0]):
-            return LayoutError(f"The pattern tells {batch} rows of a batch apart, but q has {q.shape[0]}; make it from the ids of this batch.")
+            return LayoutError(
+                f"The pattern tells {batch} rows of a batch apart, but q has {q.shape[0]}; make it from the ids of this batch."
+            )
         if sink is not None and len(sink) != q.shape[2]:
             return LayoutError(f"The sink has {len(sink)} logits, but there are {q.shape[2]} query heads; give one each.")
         return None
@@ -154,13 +166,17 @@ def _route(ring: Ring, layout: Layout, key_layout: Layout, pattern: Pattern, tra
     return Route(within, members, groups, inner, trades[0].inner, trades[1].inner, q_heads, k_heads, trades, plan, choice)
 
 
-def _plan(patterns: tuple, layout: Layout, key_layout: Layout, rank: int, transport: str, nodes: int) -> Plan | pass_q.QueryPlan:  # type: ignore[type-arg]
+def _plan(
+    patterns: tuple[Pattern, ...], layout: Layout, key_layout: Layout, rank: int, transport: str, nodes: int
+) -> Plan | pass_q.QueryPlan:
     if transport == "pass_q":
         return pass_q.make_query_plan(patterns, layout, key_layout, rank)
     return make_plan(patterns, layout, key_layout, rank, transport, nodes)
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], seed: int, batch_offset: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+def forward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], seed: int, batch_offset: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """out (b s h e), lse (b s h), and what backward wants kept besides: the traded q, k, v, out, lse, or nothing."""
     problem = call.problem(q, k, v)
     try:
@@ -231,7 +247,9 @@ def backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), grads_of_params
 
 
-def _run_backward(work: Work, route: Route, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _run_backward(
+    work: Work, route: Route, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(route.plan, pass_q.QueryPlan):
         return pass_q.backward(work, route.plan, route.inner, route.layout, route.key_layout, dout, dlse, q, k, v, out, lse)
     return loop.backward(work, route.plan, route.inner, route.layout.spans[route.plan.rank], dout, dlse, q, k, v, out, lse)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from ringctx.core.heads import shares
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
-from ringctx.core.plan import World, stops_and_loads
+from ringctx.core.plan import World, tour
 from ringctx.core.tiles import area, tiles, width
 
 TRANSPORTS = ("rotate", "fetch", "gather", "heads", "pass_q")
@@ -54,12 +54,16 @@ class Choice:
     def explain(self) -> str:
         """One line for each transport, and the rule."""
         lines = [f"{'→' if o.transport == self.transport else ' '} {o}" for o in self.options]
-        lines.append(f"  rule: fewest bytes among those within {BALANCE} x of the best balance; at a tie the first of {' '.join(TRANSPORTS)}")
+        lines.append(
+            f"  rule: fewest bytes among those within {BALANCE} x of the best balance; at a tie the first of {' '.join(TRANSPORTS)}"
+        )
         return "\n".join(lines)
 
 
 @lru_cache(maxsize=512)
-def choose(patterns: tuple[Pattern, ...], layout: Layout, key_layout: Layout, shape: Shape, nodes: int = 1, heads_allowed: bool = True) -> Choice:
+def choose(
+    patterns: tuple[Pattern, ...], layout: Layout, key_layout: Layout, shape: Shape, nodes: int = 1, heads_allowed: bool = True
+) -> Choice:
     """The transport with the fewest bytes among the balanced ones."""
     world = World(patterns, layout, key_layout, nodes)
     options = [_rotate(world, shape), _fetch(world, shape), _gather(world, shape), _pass_q(world, shape)]
@@ -90,9 +94,9 @@ def _keys_bytes(shape: Shape, tokens: int, grad_tokens: int) -> int:
 
 
 def _rotate(world: World, shape: Shape) -> Option:
-    routes = [stops_and_loads(world, o) for o in range(world.size)]
-    tokens = sum(width(carried) * last for _, carried, last in routes)
-    grads = sum(width(carried) * len(stops) for stops, carried, _ in routes)
+    tours = [tour(world, o) for o in range(world.size)]
+    tokens = sum(width(t.carried) * t.last for t in tours)
+    grads = sum(width(t.carried) * len(t.stops) for t in tours)
     return Option("rotate", _keys_bytes(shape, tokens, grads), _by_queries(world))
 
 

@@ -18,7 +18,7 @@ from ringctx.core.attention import Attention, scale_of
 from ringctx.core.layout import Ranges, indices_of
 from ringctx.core.partial import Partial
 from ringctx.core.pattern import CAUSAL, PARTIAL, Pattern
-from ringctx.core.tiles import Tile
+from ringctx.core.tiles import Tile, pieces
 from ringctx.kernels.base import Call, Kernel, TileScores, accumulation_dtype
 
 
@@ -36,7 +36,9 @@ class HeadGroup:
     pattern: Pattern
 
 
-def head_groups(pattern: Pattern, num_heads: int, num_key_heads: int, heads: range | None = None, first_key: int = 0) -> tuple[HeadGroup, ...]:
+def head_groups(
+    pattern: Pattern, num_heads: int, num_key_heads: int, heads: range | None = None, first_key: int = 0
+) -> tuple[HeadGroup, ...]:
     """Groups for the query heads that are here (all, or `heads` of the whole model, with key heads from first_key on)."""
     here = heads if heads is not None else range(num_heads)
     groups = []
@@ -93,13 +95,15 @@ class Work:
         b, s = q.shape[:2]
         return [Partial.empty((b, s, len(g.rows), e), accumulation_dtype(q.dtype), q.device) for g in self.groups]
 
-    def forward(self, totals: list[Partial], tiles: Sequence[tuple[Tile, ...]], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges) -> None:
+    def forward(
+        self, totals: list[Partial], tiles: Sequence[tuple[Tile, ...]], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges
+    ) -> None:
         """Attend to visiting keys and merge into the totals. q (b s h d), k (b n g d), v (b n g e)."""
         for total, group, rows in zip(totals, self.groups, tiles, strict=True):
             if not rows:
                 continue
             q_, k_, v_ = pick(q, group.rows), pick(k, group.keys), pick(v, group.keys)
-            for tile in rows:
+            for tile in self._pieces(rows):
                 _, a, b, c, d = tile
                 call, scores = self._tile(group, tile, q_, k_, v_, queries, keys)
                 out, lse = call.forward(q_[:, a:b], k_[:, c:d], v_[:, c:d], scores)
@@ -143,7 +147,7 @@ class Work:
             dout, q, out, lse, dlse = (x if x is None else pick(x, group.rows) for x in rows)
             assert dout is not None and q is not None and out is not None and lse is not None
             k_, v_ = pick(k, group.keys), pick(v, group.keys)
-            for tile in some:
+            for tile in self._pieces(some):
                 _, a, b, c, d = tile
                 kernel, scores = self._tile(group, tile, q, k_, v_, queries, keys, backward=True)
                 more = None if dlse is None else dlse[:, a:b]
@@ -161,6 +165,11 @@ class Work:
         slope = -(dout.to(wide) * out.to(wide)).sum(-1)[:, :, rows]
         slope = slope if dlse is None else slope + dlse[:, :, rows]
         self.param_grads[0].index_add_(0, heads, (weight * slope).sum((0, 1)))
+
+    def _pieces(self, rows: Sequence[Tile]) -> Sequence[Tile]:
+        """The tiles, cut small where each builds a tensor of its own size (a bias, a dropout mask)."""
+        heavy = self.attention.additive or self.attention.dropout
+        return [piece for tile in rows for piece in pieces(tile)] if heavy else rows
 
     # -- one tile ---------------------------------------------------------------------------------------------------
 
@@ -203,7 +212,7 @@ class Work:
             causal=verdict == CAUSAL,
             mask=(lambda: _four_dims(group.pattern.allows(i, j))) if verdict == PARTIAL else None,
             elementwise=attention.elementwise,
-            bias=(lambda: self._bias(heads, i, j)) if attention.additive else None,
+            bias=(lambda: self._bias(heads, i, j, accumulation_dtype(q.dtype))) if attention.additive else None,
             bias_grad=(lambda dbias: self._bias_grad(dbias, heads, i, j)) if grad else None,
             keep=(lambda: self._keep(q.shape[0], heads, i, j)) if attention.dropout > 0 else None,
         )
@@ -217,14 +226,15 @@ class Work:
             at += size
         return found
 
-    def _bias(self, heads: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        parts = [s.bias(heads, i, j, params) for s, (_, params) in zip(self.attention.additive, self._score_params(), strict=True)]
-        return torch.stack(torch.broadcast_tensors(*parts)).sum(0).unsqueeze(0) if len(parts) > 1 else parts[0].unsqueeze(0)
+    def _bias(self, heads: Tensor, i: Tensor, j: Tensor, dtype: torch.dtype) -> Tensor:
+        scores = zip(self.attention.additive, self._score_params(), strict=True)
+        parts = [score.bias(heads, i, j, params, dtype=dtype) for score, (_, params) in scores]
+        return sum(parts[1:], parts[0]).unsqueeze(0)
 
     def _bias_grad(self, dbias: Tensor, heads: Tensor, i: Tensor, j: Tensor) -> None:
         for score, (at, params) in zip(self.attention.additive, self._score_params(), strict=True):
-            for n, grad in enumerate(score.grads(dbias, heads, i, j, params)):
-                self.param_grads[at + n].add_(grad)
+            if params:
+                score.grads(dbias, heads, i, j, params, into=tuple(self.param_grads[at : at + len(params)]))
 
     def _keep(self, size: int, heads: Tensor, i: Tensor, j: Tensor) -> Tensor:
         batch = torch.arange(self.batch_offset, self.batch_offset + size, device=i.device)

@@ -64,7 +64,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_layout: Layout, ring: Ring, atte
         raise LayoutError(f"q has {q.shape[1]} tokens, but the key layout ends at {key_layout.length}; append the new tokens to it first.")
 
 
-def _attend(work: Work, totals: list[Partial], groups: Sequence[HeadGroup], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges) -> None:
+def _attend(
+    work: Work, totals: list[Partial], groups: Sequence[HeadGroup], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges
+) -> None:
     """Attend to this rank's keys. A new token that sees all of them is folded: its heads of one key head become its rows."""
     tiles = [tiles_of(g.pattern, queries, keys) for g in groups]
     ratio = q.shape[2] // k.shape[2]
@@ -99,9 +101,10 @@ def _reduce(ring: Ring, totals: list[Partial], fingerprint: int) -> list[Partial
     merged = [Partial.empty(tuple(t.out.shape), t.out.dtype, t.out.device) for t in totals]  # type: ignore[arg-type]
     for rank, theirs in enumerate(everyone):
         if not torch.equal(theirs[:HEADER].cpu(), head.cpu()):
+            other, own = (f"call {int(x[0])} with fingerprint {int(x[1])}" for x in (theirs, head))
             raise RanksDisagree(
-                f"Ranks disagree: rank {rank} decodes call {int(theirs[0])} with fingerprint {int(theirs[1])}, rank {ring.rank} call {int(head[0])} with "
-                f"{int(head[1])}. All ranks must call decode_attention with the same layout and attention, in the same order."
+                f"Ranks disagree: rank {rank} decodes {other}, rank {ring.rank} {own}. "
+                "All ranks must call decode_attention with the same layout and attention, in the same order."
             )
         at = HEADER
         for total in merged:

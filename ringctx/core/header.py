@@ -38,7 +38,10 @@ def agree(ring: Ring, facts: Facts, problem: RingctxError | None = None) -> None
         return
     said = f"problem={problem}" if problem else f"call={ring.calls}\n{text}"
     note = said.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
-    notes = [bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in share(ring, torch.frombuffer(bytearray(note), dtype=torch.uint8), "notes")]
+    notes = [
+        bytes(t.tolist()).rstrip(b"\0").decode(errors="replace")
+        for t in share(ring, torch.frombuffer(bytearray(note), dtype=torch.uint8), "notes")
+    ]
     if problem and all(n.startswith("problem=") for n in notes):
         raise problem
     raise RanksDisagree(sentence(notes))
@@ -63,10 +66,10 @@ def sentence(notes: list[str]) -> str:
     """What the ranks said, one note each, as one sentence that is the same on every rank."""
     problems = {r: n.removeprefix("problem=") for r, n in enumerate(notes) if n.startswith("problem=")}
     if problems:
-        told = " ".join(f"Rank {r} cannot go on: {p}" for r, p in problems.items())
-        return f"{told} All ranks must make the same call with tensors that fit their layout."
+        said = " ".join(f"Rank {r} cannot go on: {p}" for r, p in problems.items())
+        return f"{said} All ranks must make the same call with tensors that fit their layout."
     facts = [dict(line.partition("=")[::2] for line in note.split("\n")) for note in notes]
-    told = []
+    told: list[str] = []
     for name in dict.fromkeys(name for f in facts for name in f):
         ranks: dict[str, list[str]] = {}
         for rank, f in enumerate(facts):

@@ -25,7 +25,7 @@ def forward(work: Work, plan: Plan, ring: Ring, queries: Ranges, q: Tensor, k: T
     for _, present in visits(plan, ring, (k, v)):
         while present:  # emptied, so that no block outlives its hop
             visit, block = present.pop(0)
-            work.forward(totals, visit.tiles, q, queries, *block, visit.ranges)
+            work.forward(totals, visit.tiles, q, queries, block[0], block[1], visit.ranges)
             del block
     return work.whole(totals, q, v.shape[3])
 
@@ -59,7 +59,7 @@ def backward(
         while present:
             visit, block = present.pop(0)
             grads = tuple(torch.zeros_like(x, dtype=dk.dtype) for x in block)
-            work.backward((dq, grads[0], grads[1]), visit.tiles, rows, queries, *block, visit.ranges)
+            work.backward((dq, grads[0], grads[1]), visit.tiles, rows, queries, block[0], block[1], visit.ranges)
             done.append((visit, grads))
             del block
         homeward.hop(number, done)

@@ -60,9 +60,13 @@ def ring_sdpa(ring: Ring, layout: Layout, **options: Any) -> Callable[..., Tenso
         enable_gqa: bool = False,
     ) -> Tensor:
         if attn_mask is not None:
-            raise Unsupported("A mask tensor knows nothing of other ranks' tokens; leave attn_mask out and give RingAttention a pattern that says the same.")
+            raise Unsupported(
+                "A mask tensor knows nothing of other ranks' tokens; leave attn_mask out, and give RingAttention a pattern instead."
+            )
         if not enable_gqa and query.shape[1] != key.shape[1]:
-            raise Unsupported(f"There are {query.shape[1]} query heads and {key.shape[1]} key heads; pass enable_gqa=True if that is meant.")
+            raise Unsupported(
+                f"There are {query.shape[1]} query heads and {key.shape[1]} key heads; pass enable_gqa=True if that is meant."
+            )
         attention = Attention(pattern=Causal() if is_causal else Full(), dropout=dropout_p, scale=scale)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         out = ring_attention(q, k, v, ring=ring, layout=layout, attention=attention, **options)

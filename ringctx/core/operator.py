@@ -34,13 +34,17 @@ def number_of(ring: Ring, layout: Layout, key_layout: Layout, attention: Attenti
 
 
 @torch.library.custom_op("ringctx::attention", mutates_args=())
-def attention_op(q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], call: int, seed: int, batch_offset: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], call: int, seed: int, batch_offset: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Forward: out, lse, and what backward wants kept."""
     return calls.forward(_calls[call], q, k, v, params, seed, batch_offset)
 
 
 @attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], call: int, seed: int, batch_offset: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], call: int, seed: int, batch_offset: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
     route = _calls[call].route(q, k, v)
     if route.trades is None or not _calls[call].train:

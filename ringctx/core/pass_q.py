@@ -49,7 +49,8 @@ class QueryPlan:
         """Who is asked and who is served."""
         hosts = [str(r) for r in self.hosts if r is not None] or ["no"]
         guests = [str(g[0]) for g in self.guests if g] or ["no"]
-        return f"rank {self.rank}, pass_q: sends its queries to rank {' '.join(hosts)}, serves rank {' '.join(guests)}, {self.cost:,} query-key pairs"
+        asked, served = " ".join(hosts), " ".join(guests)
+        return f"rank {self.rank}, pass_q: sends its queries to rank {asked}, serves rank {served}, {self.cost:,} query-key pairs"
 
 
 @lru_cache(maxsize=512)
@@ -87,7 +88,9 @@ def _rounds(plan: QueryPlan, ring: Ring, layout: Layout, queries: Tensors):  # t
     pending.wait()
 
 
-def forward(work: Work, plan: QueryPlan, ring: Ring, layout: Layout, key_layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    work: Work, plan: QueryPlan, ring: Ring, layout: Layout, key_layout: Layout, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
     """out (b s h e) in q's dtype and lse (b s h) for this rank's queries over all keys of the ring."""
     keys, e = key_layout.spans[plan.rank], v.shape[3]
     totals = work.empty(q, e)
@@ -136,12 +139,20 @@ def backward(
     returns = _Returns(plan, ring, [dq])
     for number, (guest, tensors) in enumerate(_rounds(plan, ring, layout, mine)):
         if number == 0:
-            work.backward((dq, dk, dv), plan.home, (*mine[:4], dlse), layout.spans[plan.rank], k, v, keys)
+            work.backward((dq, dk, dv), plan.home, (mine[0], mine[1], mine[2], mine[3], dlse), layout.spans[plan.rank], k, v, keys)
             continue
         answer: list[Tensor] = []
         if guest:
             answer = [torch.zeros_like(tensors[1], dtype=wide)]
-            work.backward((answer[0], dk, dv), guest[1], tensors, layout.spans[guest[0]], k, v, keys)
+            work.backward(
+                (answer[0], dk, dv),
+                guest[1],
+                (tensors[0], tensors[1], tensors[2], tensors[3], tensors[4]),
+                layout.spans[guest[0]],
+                k,
+                v,
+                keys,
+            )
         for came in returns.hop(number, answer):
             dq.add_(came[0])
     for came in returns.finish():

@@ -120,8 +120,9 @@ class Plan:
     def explain(self) -> str:
         """One line a hop: what arrives, what leaves, what is computed."""
         lines = [
-            f"rank {self.rank}, {self.transport}: {len(self.hops)} hops, {self.cost:,} query-key pairs; receives {self.tokens_received} and sends "
-            f"{self.tokens_sent} tokens of keys forward, {self.grad_tokens_received} and {self.grad_tokens_sent} of gradients backward; "
+            f"rank {self.rank}, {self.transport}: {len(self.hops)} hops, {self.cost:,} query-key pairs; receives "
+            f"{self.tokens_received} and sends {self.tokens_sent} tokens of keys forward, "
+            f"{self.grad_tokens_received} and {self.grad_tokens_sent} of gradients backward; "
             f"holds at most {self.held} visiting tokens",
             f"  home: {sum(map(len, self.home.tiles))} tiles, {self.home.area:,} pairs",
         ]
@@ -197,30 +198,39 @@ def _itinerary(owner: int, size: int, nodes: int) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def stops_and_loads(world: World, owner: int) -> tuple[list[int], Spans, int]:
-    """For a rotation: the ranks that need some of the owner's keys, in order; which keys; and the last hop they make."""
-    itinerary = _itinerary(owner, world.size, world.nodes)
-    stops = [p for p in itinerary if world.needs(p, owner)]
-    carried = union([world.needs(p, owner) for p in stops])
-    return stops, carried, itinerary.index(stops[-1]) + 1 if stops else 0
+@dataclass(frozen=True)
+class Tour:
+    """One owner's keys in a rotation: the ranks that need some, in order; which keys go; the last hop they make; hop by rank."""
+
+    stops: tuple[int, ...]
+    carried: Spans
+    last: int
+    hop_of: dict[int, int]
+
+
+def tour(world: World, owner: int) -> Tour:
+    """Where the owner's keys go, and no farther."""
+    hop_of = {p: n for n, p in enumerate(_itinerary(owner, world.size, world.nodes), 1)}
+    stops = tuple(p for p in hop_of if world.needs(p, owner))
+    return Tour(stops, union([world.needs(p, owner) for p in stops]), hop_of[stops[-1]] if stops else 0, hop_of)
 
 
 def _rotate(world: World, rank: int) -> list[Hop]:
     """Pass-KV ring (Liu et al. 2023): keys go round until nobody later needs them; gradients follow, rank by rank, then home."""
-    routes = {o: stops_and_loads(world, o) for o in range(world.size)}
-    stops, carried, last = ({o: route[n] for o, route in routes.items()} for n in range(3))
-    hop_of = {o: {p: n for n, p in enumerate(_itinerary(o, world.size, world.nodes), 1)} for o in routes}
-    after = {(o, p): n for o in stops for p, n in zip(stops[o], [*stops[o][1:], o], strict=False)}  # where gradients go next
+    tours = [tour(world, o) for o in range(world.size)]
+    after = {(o, p): n for o, t in enumerate(tours) for p, n in zip(t.stops, (*t.stops[1:], o), strict=False)}  # gradients' next rank
 
     hops, holding = [], rank
     for number, (owner, comes, goes) in enumerate(path(rank, world.size, world.nodes), 1):
-        receive = (Parcel(comes, owner, carried[owner]),) if number <= last[owner] else ()
-        send = (Parcel(goes, holding, carried[holding]),) if number <= last[holding] else ()
+        receive = (Parcel(comes, owner, tours[owner].carried),) if number <= tours[owner].last else ()
+        send = (Parcel(goes, holding, tours[holding].carried),) if number <= tours[holding].last else ()
         visits: tuple[Visit, ...] = ()
-        if rank in stops[owner]:
-            before = stops[owner].index(rank) - 1
-            visits = (world.visit(rank, owner, carried[owner], stops[owner][before] if before >= 0 else None, after[owner, rank]),)
-        grads = tuple(Parcel(p, o, carried[o]) for (o, p), to in sorted(after.items()) if to == rank and hop_of[o][p] == number)
+        stops = tours[owner].stops
+        if rank in stops:
+            before = stops.index(rank) - 1
+            visits = (world.visit(rank, owner, tours[owner].carried, stops[before] if before >= 0 else None, after[owner, rank]),)
+        coming = sorted((o, p) for (o, p), to in after.items() if to == rank and tours[o].hop_of[p] == number)
+        grads = tuple(Parcel(p, o, tours[o].carried) for o, p in coming)
         hops.append(Hop(receive, send, visits, grads))
         holding = owner
     return hops

@@ -96,7 +96,9 @@ class Ring:
         self.dead: str | None = None
         self._owns_world = False
         if self.size % (heads * nodes):
-            raise ConfigError(f"{self.size} ranks cannot be folded in head groups of {heads} on {nodes} nodes: the product must divide them.")
+            raise ConfigError(
+                f"{self.size} ranks cannot be folded in head groups of {heads} on {nodes} nodes: the product must divide them."
+            )
 
     # -- making one -------------------------------------------------------------------------------------------------
 
@@ -130,7 +132,14 @@ class Ring:
 
     @classmethod
     def from_mesh(
-        cls, mesh: DeviceMesh, ring: str = "ring", heads: str | None = None, node: str | None = None, *, timeout: float = 600.0, strict: bool = True
+        cls,
+        mesh: DeviceMesh,
+        ring: str = "ring",
+        heads: str | None = None,
+        node: str | None = None,
+        *,
+        timeout: float = 600.0,
+        strict: bool = True,
     ) -> Self:
         """The ranks along one axis of a mesh, folded with a head axis and a node axis where they are named."""
         axes = [axis for axis in (node, ring, heads) if axis]
@@ -148,7 +157,12 @@ class Ring:
     def view(self, members: Sequence[int]) -> Ring:
         """Some of this ring's ranks as a ring of their own, over the same communicators and counters."""
         return Ring(
-            self.group, grads=self.grads, members=tuple(self.members[m] for m in members), timeout=self.timeout, strict=False, traffic=self.traffic
+            self.group,
+            grads=self.grads,
+            members=tuple(self.members[m] for m in members),
+            timeout=self.timeout,
+            strict=False,
+            traffic=self.traffic,
         )
 
     # -- what a ring answers ----------------------------------------------------------------------------------------
@@ -160,7 +174,9 @@ class Ring:
 
     # -- moving tensors ---------------------------------------------------------------------------------------------
 
-    def exchange(self, kind: str, what: str, receive: Sequence[Message] = (), send: Sequence[Message] = (), *, grads: bool = False, tag: int = 0) -> Pending:
+    def exchange(
+        self, kind: str, what: str, receive: Sequence[Message] = (), send: Sequence[Message] = (), *, grads: bool = False, tag: int = 0
+    ) -> Pending:
         """Post all receives, then all sends, and return at once. Both lists in the order that the peer uses too.
 
         kind: what the traffic counters call it. what: how an error calls it, for example "keys at hop 2".
@@ -198,7 +214,11 @@ class Ring:
         """Raise RankLost about this peer; the ring sends nothing more afterwards."""
         late = "Timed out" in str(error) or waited >= 0.95 * self.timeout
         verb = {"from": "waited for", "to": "was sending"}[direction]
-        why = f"no answer within {self.timeout:g} s; it may be stopped, or far behind (raise the ring's timeout)" if late else "its connection is closed"
+        why = (
+            f"no answer within {self.timeout:g} s; it may be stopped, or far behind (raise the ring's timeout)"
+            if late
+            else "its connection is closed"
+        )
         self.dead = f"Rank {self.rank} {verb} {what} {direction} rank {peer}: {why}. The ring is broken; start the ranks again."
         raise RankLost(self.dead) from error
 

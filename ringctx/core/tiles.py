@@ -104,6 +104,18 @@ def _joined(found: list[Tile]) -> tuple[Tile, ...]:
     return tuple(sorted(tall, key=lambda t: (t[1], t[3])))
 
 
+def pieces(tile: Tile, side: int = 1024) -> list[Tile]:
+    """The tile cut in squares of this side: a causal one in causal squares on its diagonal and full ones below."""
+    verdict, a, b, c, d = tile
+    cut = []
+    for x in range(a, b, side):
+        for y in range(c, d, side):
+            if verdict != CAUSAL or y - c <= x - a:
+                kind = FULL if verdict == CAUSAL and y - c < x - a else verdict
+                cut.append((int(kind), x, min(x + side, b), y, min(y + side, d)))
+    return cut
+
+
 def area(rows: tuple[Tile, ...]) -> int:
     """Query-key pairs to compute; a masked tile counts whole, since its kernel computes it whole."""
     return sum((b - a) * (b - a + 1) // 2 if verdict == CAUSAL else (b - a) * (d - c) for verdict, a, b, c, d in rows)

@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +63,6 @@ def run(num_ranks: int, arguments: list[str]) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
     os.environ["RINGCTX_LAUNCHER"] = "1"
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_SECONDS)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="ringctx-") as folder:
         config = LaunchConfig(
@@ -69,9 +70,10 @@ def run(num_ranks: int, arguments: list[str]) -> int:
             max_restarts=0, local_addr="localhost", logs_specs=DefaultLogsSpecs(log_dir=folder), shutdown_timeout=SHUTDOWN_SECONDS,
         )  # fmt: skip
         try:
-            elastic_launch(config, sys.executable)("-m", "ringctx", *arguments)
+            with _short_shutdown() as fallen:
+                elastic_launch(config, sys.executable)("-m", "ringctx", *arguments)
         except ChildFailedError as error:
-            silent = [End(rank, EXIT_LOST, _how(rank, failure.exitcode)) for rank, failure in error.failures.items()]
+            silent = [End(rank, EXIT_LOST, _how(rank, failure.exitcode)) for rank, failure in error.failures.items() if rank in fallen]
             end = cause(_ends(Path(folder)), silent)
             click.echo(end.sentence, err=True)
             return end.code
@@ -79,6 +81,29 @@ def run(num_ranks: int, arguments: list[str]) -> int:
             click.echo(f"Stopped by {signal.Signals(error.sigval).name}.", err=True)
             return 128 + int(error.sigval)
     return 0
+
+
+@contextmanager
+def _short_shutdown() -> Iterator[set[int]]:
+    """Within it, torch gives ranks SHUTDOWN_SECONDS to stop when another has failed; it has 30 s written in, and no option.
+
+    The set fills with the ranks that had ended before torch stopped the others: only these fell by themselves.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+    fallen: set[int] = set()
+    close = SubprocessContext.close
+
+    def close_soon(self: SubprocessContext, death_sig: signal.Signals | None = None, timeout: int = SHUTDOWN_SECONDS) -> None:
+        if not fallen:
+            fallen.update(rank for rank, handler in self.subprocess_handlers.items() if handler.proc.poll() is not None)
+        close(self, death_sig, min(timeout, SHUTDOWN_SECONDS))
+
+    SubprocessContext.close = close_soon  # type: ignore[method-assign]
+    try:
+        yield fallen
+    finally:
+        SubprocessContext.close = close  # type: ignore[method-assign]
 
 
 def cause(left: list[End], silent: list[End]) -> End:

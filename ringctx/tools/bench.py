@@ -87,8 +87,8 @@ def measure(ring: Ring, case: Case, rounds: int) -> Row | None:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    views = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(*views, is_causal=True, enable_gqa=True).transpose(1, 2)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def _timed(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Times:
@@ -116,17 +116,32 @@ def _slowest(ring: Ring, times: list[Times]) -> list[Times]:
 
 def _row(case: Case, ranks: int, ours: list[Times], anchors: list[Times]) -> Row:
     forward, backward = (statistics.median(t[n] for t in ours) for n in (0, 1))
-    anchor = tuple(statistics.median(t[n] for t in anchors) for n in (0, 1))
+    anchor_forward, anchor_backward = (statistics.median(t[n] for t in anchors) for n in (0, 1))
     ratio = statistics.median((a[0] + a[1]) / (o[0] + o[1]) for a, o in zip(anchors, ours, strict=True))
     ratio_forward = statistics.median(a[0] / o[0] for a, o in zip(anchors, ours, strict=True))
     dtype = str(case.dtype).removeprefix("torch.")
-    ms = [round(1000 * t, 1) for t in (forward, backward, *anchor)]
-    return Row(str(case), case.S, ranks, dtype, *ms, round(ratio_forward, 3), round(ratio, 3))
+    ms = lambda seconds: round(1000 * seconds, 1)
+    return Row(
+        name=str(case),
+        S=case.S,
+        ranks=ranks,
+        dtype=dtype,
+        forward_ms=ms(forward),
+        backward_ms=ms(backward),
+        anchor_forward_ms=ms(anchor_forward),
+        anchor_backward_ms=ms(anchor_backward),
+        efficiency_forward=round(ratio_forward, 3),
+        efficiency=round(ratio, 3),
+    )
 
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    head = "| case | S | ranks | dtype | forward ms, anchor | backward ms, anchor | efficiency forward | forward + backward |\n" + "|---" * 8 + "|"
+    head = (
+        "| case | S | ranks | dtype | forward ms, anchor | backward ms, anchor | efficiency forward | forward + backward |\n"
+        + "|---" * 8
+        + "|"
+    )
     cells = (
         f"| {r.name} | {r.S} | {r.ranks} | {r.dtype} | {r.forward_ms}, {r.anchor_forward_ms} | {r.backward_ms}, {r.anchor_backward_ms} "
         f"| {r.efficiency_forward:.2f} | **{r.efficiency:.2f}** |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,15 +92,17 @@ def test_a_mistake_on_every_rank_is_said_once_with_exit_code_2(place):
 
 
 @pytest.fixture
-def endless(place, own_tokens) -> Iterator[subprocess.Popen[str]]:
-    """Two ranks that decode and decode."""
-    command = [sys.executable, *generate(place, "--ranks", "2", *ENDLESS)]
-    process = subprocess.Popen(command, env=environment(place), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.read(1)  # the first piece of the answer: all ranks are at work
-    yield process
-    process.kill()
-    process.wait()
+def endless(place, own_tokens) -> Iterator[subprocess.Popen[bytes]]:
+    """Two ranks that decode and decode: a model with no token that ends the text."""
+    model = place / "endless"
+    shutil.copytree(place / "cache" / "ringctx" / "random-tiny", model, dirs_exist_ok=True)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": 9999}))
+    command = [sys.executable, *generate(place, "--ranks", "2", *ENDLESS, "--set", f"model.path={model}")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
+    with subprocess.Popen(command, env=environment(place), **pipes) as process:
+        process.stdout.read(1)  # the first piece of the answer: all ranks are at work
+        yield process
+        process.kill()
 
 
 def pid_of(launcher: int, rank: int) -> int:
@@ -122,7 +125,7 @@ def pid_of(launcher: int, rank: int) -> int:
 def test_a_rank_that_fails_is_one_sentence_and_exit_code_3_within_15_seconds(endless, how, rank, sentence):
     os.kill(pid_of(endless.pid, rank), how)
     began = time.monotonic()
-    _, err = endless.communicate(timeout=60)
+    err = endless.communicate(timeout=60)[1].decode()
     assert time.monotonic() - began < 15
     assert endless.returncode == 3, err
     last = err.strip().splitlines()[-1]
