@@ -6,6 +6,7 @@ Exit codes: 0 done · 2 the request was wrong · 3 a rank or link failed · 1 a 
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import signal
 import sys
@@ -73,6 +74,44 @@ def generate(
         from ringctx.runtime.terminal import answer
 
         answer(loaded, ring, text, question, as_json=as_json, began=began)
+    return 0
+
+
+@ringctx.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> int:
+    """Say what this machine can run, and why not the rest."""
+    from ringctx.tools import doctor
+
+    findings = doctor.examine()
+    click.echo(json.dumps({"findings": doctor.as_json(findings)}) if as_json else doctor.as_text(findings))
+    return 0
+
+
+@ringctx.command()
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine, of one thread each; 2 by default.")
+@click.option("--length", "lengths", type=click.IntRange(min=1), multiple=True, help="Tokens in the sequence; may be repeated.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--transport", "transports", multiple=True, default=("rotate", "heads"), show_default=True, help="May be repeated.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="The median of so many is reported.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def bench(
+    level: str, ranks: int | None, lengths: tuple[int, ...], dtype: str, transports: tuple[str, ...], rounds: int, as_json: bool
+) -> int:
+    """Time the ring against torch's own attention on the same tensors, as docs/results does."""
+    if not launch.is_rank() and (ranks or 2) > 1:
+        return launch.run(ranks or 2, sys.argv[1:])
+    with _ring(Config(), ranks, level) as ring:
+        import torch
+
+        from ringctx.tools import bench
+
+        torch.set_num_threads(1)
+        cases = [bench.Case(S, getattr(torch, dtype), transport) for S in lengths or (2048, 4096, 8192) for transport in transports]
+        rows = [row for case in cases if (row := bench.measure(ring, case, rounds)) is not None]
+        if ring.rank == 0:
+            click.echo(json.dumps({"rows": bench.as_json(rows)}) if as_json else bench.table(rows))
     return 0
 
 

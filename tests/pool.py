@@ -55,10 +55,10 @@ class RanksHang(AssertionError):
 
 
 class Pool:
-    """Up to eight gloo processes; grows from four when a job asks for more. ring_timeout: seconds that a rank waits for another."""
+    """Gloo processes: `first` of them, eight once a job asks for more. ring_timeout: seconds that a rank waits for another."""
 
-    def __init__(self, ring_timeout: float = 30.0) -> None:
-        self._ring_timeout = ring_timeout
+    def __init__(self, ring_timeout: float = 30.0, first: int = FIRST) -> None:
+        self._ring_timeout, self._first = ring_timeout, first
         self._folder = tempfile.TemporaryDirectory(prefix="ringctx-pool-")
         self._workers: list[_Worker] = []
         self._worlds = itertools.count()
@@ -110,7 +110,7 @@ class Pool:
         assert 1 <= size <= MOST, f"a job asked for {size} ranks; the pool has 1 to {MOST}"
         if size <= len(self._workers):
             return
-        target = FIRST if size <= FIRST else MOST
+        target = self._first if size <= self._first else MOST
         folder = Path(self._folder.name)
         self._workers += [_Worker(rank, folder) for rank in range(len(self._workers), target)]
         self._ready = {}

@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 
 EXIT_BUG, EXIT_REQUEST, EXIT_LOST = 1, 2, 3
-SHUTDOWN_SECONDS = 5
+SHUTDOWN_SECONDS = 3
 """A rank that was told to stop has this long; then it is killed."""
 
 
@@ -99,7 +99,7 @@ def _short_shutdown() -> Iterator[set[int]]:
             fallen.update(rank for rank, handler in self.subprocess_handlers.items() if handler.proc.poll() is not None)
         close(self, death_sig, min(timeout, SHUTDOWN_SECONDS))
 
-    SubprocessContext.close = close_soon  # type: ignore[method-assign]
+    SubprocessContext.close = close_soon  # type: ignore[method-assign, assignment]
     try:
         yield fallen
     finally:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ringctx.core.attention import Attention
 from ringctx.core.entry import ring_attention
 from ringctx.core.layout import Layout
-from ringctx.core.ring import Ring
+from ringctx.core.ring import Message, Ring
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ Times = tuple[float, float]
 def measure(ring: Ring, case: Case, rounds: int) -> Row | None:
     """Time ring and anchor in turn; the row on rank 0, None elsewhere. All ranks must call this together."""
     layout = Layout.zigzag(case.S, ring.size)
-    generator = torch.Generator().manual_seed(0)
-    new = lambda heads: torch.randn(1, case.S, heads, case.d, generator=generator).to(case.dtype)
-    q, k, v, dout = new(case.h), new(case.g), new(case.g), new(case.h)
+    q, k, v, dout = _tensors(case)
     mine = [layout.shard(x, ring.rank) for x in (q, k, v, dout)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -84,6 +82,55 @@ def measure(ring: Ring, case: Case, rounds: int) -> Row | None:
             torch.set_num_threads(1)
     slowest = _slowest(ring, ours)
     return _row(case, ring.size, slowest, anchors) if ring.rank == 0 else None
+
+
+def accuracy(ring: Ring, case: Case) -> dict[str, dict[str, float]] | None:
+    """Relative error against fp64 of out, dq, dk, dv: of the ring, and of one call of torch's own attention in the same dtype.
+
+    {"ring": {...}, "one call": {...}} on rank 0, None elsewhere. All ranks must call this together.
+    """
+    layout = Layout.zigzag(case.S, ring.size)
+    tensors = _tensors(case)
+    q, k, v, dout = (layout.shard(x, ring.rank) for x in tensors)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = ring_attention(q, k, v, ring=ring, layout=layout, attention=Attention(), transport=case.transport, kernel=case.kernel)
+    assert isinstance(out, Tensor)
+    out.backward(dout)
+    mine = [x for x in (out.detach(), q.grad, k.grad, v.grad) if x is not None]
+    shards = [_collect(ring, layout, x) for x in mine]
+    if ring.rank:
+        return None
+    torch.set_num_threads(2)
+    exact = _whole(_sdpa, [x.double() for x in tensors])
+    once = _whole(_sdpa, tensors)
+    torch.set_num_threads(1)
+    names = ("out", "dq", "dk", "dv")
+    far = lambda got: {n: float((x.double() - y).norm() / y.norm()) for n, x, y in zip(names, got, exact, strict=True)}
+    return {"ring": far([layout.unshard(x) for x in shards]), "one call": far(once)}
+
+
+def _collect(ring: Ring, layout: Layout, mine: Tensor) -> list[Tensor]:
+    """Every rank's shard, on rank 0."""
+    others = list(range(1, ring.size))
+    if ring.rank:
+        ring.exchange("results", "a result", (), [Message(0, (mine.contiguous(),))]).wait()
+        return []
+    shards = {r: mine.new_empty(mine.shape[0], layout.count(r), *mine.shape[2:]) for r in others}
+    ring.exchange("results", "results", [Message(r, (x,)) for r, x in shards.items()]).wait()
+    return [mine, *shards.values()]
+
+
+def _whole(attend: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+    out = attend(*leaves)
+    out.backward(tensors[3])
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def _tensors(case: Case) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    heads = (case.h, case.g, case.g, case.h)
+    return [torch.randn(1, case.S, n, case.d, generator=generator).to(case.dtype) for n in heads]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -51,30 +51,33 @@ def _until_lost(ring: Any, folder: str, how: int, when: str, backward: bool, tra
     os._exit(3)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("how", "when", "backward", "transport"),
     [
-        (signal.SIGKILL, "header", False, "rotate"),
-        (signal.SIGKILL, "keys at hop 2", False, "rotate"),
-        (signal.SIGKILL, "gradients at hop 2", True, "fetch"),
-        (signal.SIGSTOP, "header", False, "rotate"),
-        (signal.SIGSTOP, "keys at hop 1", True, "fetch"),
-        (signal.SIGSTOP, "keys at hop 2", False, "rotate"),
-        (signal.SIGSTOP, "queries for heads", False, "heads"),
+        pytest.param(signal.SIGKILL, "header", False, "rotate", id="killed-header", marks=SLOW),
+        pytest.param(signal.SIGKILL, "keys at hop 2", False, "rotate", id="killed-hop2"),
+        pytest.param(signal.SIGKILL, "gradients at hop 2", True, "fetch", id="killed-gradients", marks=SLOW),
+        pytest.param(signal.SIGSTOP, "header", False, "rotate", id="stopped-header"),
+        pytest.param(signal.SIGSTOP, "keys at hop 1", True, "fetch", id="stopped-hop1", marks=SLOW),
+        pytest.param(signal.SIGSTOP, "keys at hop 2", False, "rotate", id="stopped-hop2"),
+        pytest.param(signal.SIGSTOP, "queries for heads", False, "heads", id="stopped-heads", marks=SLOW),
     ],
-    ids=["killed-header", "killed-hop2", "killed-gradients", "stopped-header", "stopped-hop1", "stopped-hop2-rotate", "stopped-heads"],
 )
 def test_survivors_name_the_lost_rank(tmp_path: Path, how: int, when: str, backward: bool, transport: str) -> None:
-    with Pool(ring_timeout=3.0) as pool:
+    with Pool(ring_timeout=3.0, first=3) as pool:
         with pytest.raises((RankFailed, RanksHang)):
-            pool.run(_until_lost, str(tmp_path), how, when, backward, transport, size=4, timeout=LIMIT + 5)
+            pool.run(_until_lost, str(tmp_path), how, when, backward, transport, size=3, timeout=LIMIT + 5)
     began = float((tmp_path / "began").read_text())
     named = 0
-    for rank in {0, 1, 2, 3} - {CULPRIT}:
+    for rank in {0, 2}:
         heard = json.loads((tmp_path / f"heard{rank}").read_text())
         assert heard.get("code") == 3, heard["said"]
         assert heard["at"] - began < LIMIT, heard
         assert f"Rank {rank} " in heard["said"] and "\n" not in heard["said"], heard["said"]
         assert any(word in heard["said"] for word in ("hop", "header", "heads")), heard["said"]
         named += f"rank {CULPRIT}" in heard["said"]
+        print(heard["said"])
     assert named >= 1, "nobody named the rank that was lost"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,22 @@ def test_ranks_that_torchrun_did_not_start_are_refused(document, capsys, monkeyp
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
     assert main(["generate", TINY, "--document", document, "--question", "Who?", "--ranks", "3"]) == 2
     assert "[ring 0/2] --ranks 3 was given, but torchrun started 2 ranks" in capsys.readouterr().err
+
+
+def test_doctor_says_what_is_here_and_what_is_not(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "+ kernel reference, cpu" in text
+    assert "- kernel flash, cpu" in text
+    assert main(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert all(list(finding) == ["what", "good", "says"] for finding in findings)
+
+
+def test_bench_prints_rows_with_their_pinned_keys(capsys):
+    assert main(["bench", "--ranks", "1", "--length", "64", "--rounds", "1", "--transport", "rotate", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert {"name", "S", "ranks", "dtype", "forward_ms", "backward_ms", "efficiency", "error"} <= set(row)
 
 
 def test_documents_are_text_or_gzip(tmp_path):

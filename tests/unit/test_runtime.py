@@ -9,12 +9,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from ringctx.config import AttentionConfig, parse  # noqa: E402
-from ringctx.core.ring import Ring  # noqa: E402
-from ringctx.errors import ConfigError  # noqa: E402
-from ringctx.runtime import device, weights  # noqa: E402
-from ringctx.runtime.engine import Engine, Listener, attention_of  # noqa: E402
-from ringctx.runtime.stream import Stream  # noqa: E402
+from ringctx.config import AttentionConfig, parse
+from ringctx.core.ring import Ring
+from ringctx.errors import ConfigError
+from ringctx.runtime import device, weights
+from ringctx.runtime.engine import Engine, Listener, attention_of
+from ringctx.runtime.stream import Stream
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -117,7 +117,10 @@ def own_tokens(ours: Engine, document: str, question: str, num_new: int) -> list
 def test_the_listener_hears_of_everything():
     heard: list[object] = []
     listener = Listener(
-        began=lambda n: heard.append(n), layer=lambda n: heard.append(f"layer {n}"), prefilled=lambda: heard.append("prefilled"), text=heard.append
+        began=lambda n: heard.append(n),
+        layer=lambda n: heard.append(f"layer {n}"),
+        prefilled=lambda: heard.append("prefilled"),
+        text=heard.append,
     )
     answer = engine("generation.max_new_tokens=3").generate("A", "B", listener)
     assert heard[:4] == [answer.prompt_tokens, "layer 0", "layer 1", "prefilled"]
