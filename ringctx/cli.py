@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,13 +31,21 @@ if TYPE_CHECKING:
     from ringctx.core.ring import Ring
 
 
+@dataclass(frozen=True)
+class Typed:
+    """What every command knows: how much to log, and the arguments as typed, for ranks that run the same command."""
+
+    level: str
+    arguments: list[str]
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ringctx", prog_name="ringctx")
 @click.option("--verbose", "-v", is_flag=True, help="Say what is chosen and why.")
 @click.pass_context
 def ringctx(context: click.Context, verbose: bool) -> None:
     """Exact attention over documents that do not fit on one device."""
-    context.obj = "debug" if verbose else "info"
+    context.obj = Typed("debug" if verbose else "info", context.obj)
 
 
 @ringctx.command()
@@ -49,7 +58,7 @@ def ringctx(context: click.Context, verbose: bool) -> None:
 @click.option("--print-config", is_flag=True, help="Print the configuration with its overrides, and stop.")
 @click.pass_obj
 def generate(
-    level: str,
+    typed: Typed,
     config: Path,
     document: Path | None,
     question: str | None,
@@ -69,8 +78,8 @@ def generate(
         raise ConfigError(f"`ringctx generate` needs {missing}: the text to read and what to ask about it.")
     text = read_document(document)
     if not launch.is_rank() and (ranks or 1) > 1:
-        return _launch(ranks or 1, loaded, level)
-    with _ring(loaded, ranks, level) as ring:
+        return _launch(ranks or 1, loaded, typed)
+    with _ring(loaded, ranks, typed.level) as ring:
         from ringctx.runtime.terminal import answer
 
         answer(loaded, ring, text, question, as_json=as_json, began=began)
@@ -97,12 +106,12 @@ def doctor(as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def bench(
-    level: str, ranks: int | None, lengths: tuple[int, ...], dtype: str, transports: tuple[str, ...], rounds: int, as_json: bool
+    typed: Typed, ranks: int | None, lengths: tuple[int, ...], dtype: str, transports: tuple[str, ...], rounds: int, as_json: bool
 ) -> int:
     """Time the ring against torch's own attention on the same tensors, as docs/results does."""
     if not launch.is_rank() and (ranks or 2) > 1:
-        return launch.run(ranks or 2, sys.argv[1:])
-    with _ring(Config(), ranks, level) as ring:
+        return launch.run(ranks or 2, typed.arguments)
+    with _ring(Config(), ranks, typed.level) as ring:
         import torch
 
         from ringctx.tools import bench
@@ -129,14 +138,14 @@ def read_document(path: Path) -> str:
     return text
 
 
-def _launch(num_ranks: int, config: Config, level: str) -> int:
+def _launch(num_ranks: int, config: Config, typed: Typed) -> int:
     """Run this very command on several ranks. Weights are fetched first, so that the ranks find them."""
     from ringctx.runtime import weights
 
-    logs.install(level=level)
+    logs.install(level=typed.level)
     if not weights.is_ready(config.model.path):
         weights.checkpoint(config.model.path)
-    return launch.run(num_ranks, sys.argv[1:])
+    return launch.run(num_ranks, typed.arguments)
 
 
 @contextmanager
@@ -165,8 +174,9 @@ def main(arguments: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if launch.is_rank():
         signal.signal(signal.SIGTERM, _stop)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return int(ringctx.main(arguments, prog_name="ringctx", standalone_mode=False) or 0)
+        return int(ringctx.main(arguments, obj=arguments, prog_name="ringctx", standalone_mode=False) or 0)
     except click.exceptions.Abort:
         return 128 + int(signal.SIGINT)
     except click.ClickException as error:

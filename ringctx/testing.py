@@ -105,7 +105,7 @@ def dense(
     group = max(1, LOGITS_AT_ONCE // max(1, b * s * len(j)))
     for heads in torch.arange(h).split(group):
         with torch.set_grad_enabled(backward):
-            some, log = _heads(terms, *cut, seen[:, heads] if seen.shape[1] > 1 else seen, heads)
+            some, log = _heads(terms, cut[0], cut[1], cut[2], seen[:, heads] if seen.shape[1] > 1 else seen, heads)
         out[:, :, heads], lse[:, :, heads] = some.detach(), log.detach()
         if backward:
             ends = [(some, dout), (log, dlse)]
@@ -128,7 +128,7 @@ def _heads(terms: _Terms, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, heads: 
         logits = score.apply(logits)
     for score, params in zip(terms.additive, terms.params, strict=True):
         logits = logits + score.bias(heads, terms.i, terms.j, params)
-    seen = seen.expand(logits.shape)
+    seen = seen & ~logits.isneginf()  # a bias of -inf hides a key as a pattern does
     if terms.sink is not None:
         logits = torch.cat([logits, terms.sink[heads, None, None].expand(*logits.shape[:3], 1)], -1)
         seen = torch.cat([seen, seen.new_ones(*seen.shape[:3], 1)], -1)

@@ -47,12 +47,12 @@ SCORES = ("none", "softcap", "alibi", "distance", "pair", "sink", "dropout", "ro
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """One experiment; `route` names a transport and how the ring is folded."""
+    """One experiment; `route` names a transport and how the ring is folded. layout and pattern: names, or the things themselves."""
 
     size: int
     length: int
-    layout: str
-    pattern: str
+    layout: str | Layout
+    pattern: str | Pattern
     route: str
     dtype: str = "fp64"
     heads: tuple[int, int] = (2, 2)
@@ -66,7 +66,8 @@ class Case:
         extras = [x for x in (self.scores, self.keys) if x not in ("none", "same")] + ["dlse"] * self.lse
         h, g = self.heads
         shape = f"b{self.batch}h{h}g{g}d{self.widths[0]}e{self.widths[1]}"
-        return "-".join([self.layout, self.pattern, f"{self.size}ranks", self.route, self.dtype, f"S{self.length}", shape, *extras])
+        layout = self.layout if isinstance(self.layout, str) else f"layout{zlib.crc32(repr(self.layout.spans).encode())}"
+        return "-".join([layout, str(self.pattern), f"{self.size}ranks", self.route, self.dtype, f"S{self.length}", shape, *extras])
 
     @property
     def seed(self) -> int:
@@ -84,7 +85,11 @@ class Case:
     @property
     def cost(self) -> float:
         """About how long it takes on two cores, in seconds."""
-        return 0.15 + 0.03 * self.size + self.batch * self.heads[0] * (self.length / 1000) ** 2 * (0.25 if self.scores in ("none", "sink") else 0.6)
+        return (
+            0.15
+            + 0.03 * self.size
+            + self.batch * self.heads[0] * (self.length / 1000) ** 2 * (0.25 if self.scores in ("none", "sink") else 0.6)
+        )
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,10 @@ PATTERNS: dict[str, Callable[[int, int, int], Pattern]] = {
 # -- layouts ------------------------------------------------------------------------------------------------------------
 
 
-def make_layout(name: str, length: int, size: int) -> Layout:
+def make_layout(name: str | Layout, length: int, size: int) -> Layout:
     """A stock layout of indices 0..length-1."""
+    if isinstance(name, Layout):
+        return name
     match name:
         case "residue":
             return Layout.residue(length, size, 4)
@@ -220,7 +227,7 @@ def _kept(r: range, kept: Tensor) -> Tensor:
 
 def _attention(case: Case, n: int, normal: Callable[..., Tensor]) -> Attention:
     h = case.heads[0]
-    pattern = PATTERNS[case.pattern](n, h, case.batch)
+    pattern = PATTERNS[case.pattern](n, h, case.batch) if isinstance(case.pattern, str) else case.pattern
     rotary = Rotary(tuple(2.0**-x for x in range(2, 2 + case.widths[0] // 4)))  # powers of two: angles are exact in fp32 too
     match case.scores:
         case "softcap":
@@ -270,16 +277,12 @@ def problem(case: Case) -> Problem:
 def on_rank(ring: Any, case: Case) -> dict[str, Any]:
     """Forward and backward of this rank's share. A refusal is an answer too, if forward gives it."""
     given = problem(case)
-    q, k, v = (
-        given.part(x, ring.rank, layout, indices).requires_grad_()
-        for x, layout, indices in ((given.q, given.layout, given.i), (given.k, given.key_layout, given.j), (given.v, given.key_layout, given.j))
-    )
+    q = given.part(given.q, ring.rank, given.layout, given.i).requires_grad_()
+    k, v = (given.part(x, ring.rank, given.key_layout, given.j).requires_grad_() for x in (given.k, given.v))
     params = [x.requires_grad_() for x in given.attention.params()]
-    key_layout = None if case.keys == "same" else given.key_layout
+    call = {"layout": given.layout, "key_layout": None if case.keys == "same" else given.key_layout, "attention": given.attention}
     try:
-        out, lse = ring_attention(
-            q, k, v, ring=ring, layout=given.layout, key_layout=key_layout, attention=given.attention, transport=case.transport, return_lse=True, seed=case.seed
-        )
+        out, lse = ring_attention(q, k, v, ring=ring, transport=case.transport, return_lse=True, seed=case.seed, **call)
     except Unsupported as refusal:
         return {"refused": str(refusal)}
     ends, slopes = [out], [given.part(given.dout, ring.rank, given.layout, given.i)]

@@ -4,7 +4,7 @@
     python -m tests.exact --share 2/4             the second quarter of the cases
     python -m tests.exact --only zigzag-causal    cases whose name contains this; --again repeats what is already known
 
-Results are lines of JSON, one a case, in build/exact.jsonl. Exits 1 if any case of the share is wrong.
+Results are lines of JSON, one a case, in .exact/results.jsonl. Exits 1 if any case of the share is wrong.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ def wrong(result: dict[str, Any]) -> list[str]:
     """What is beyond its bound, or how the case failed."""
     if "failed" in result:
         return [result["failed"]]
-    return [f"{n} is off by {x:.2e}, allowed {result['bounds'][n]:.2e}" for n, x in result.get("errors", {}).items() if not x <= result["bounds"][n]]
+    return [
+        f"{n} is off by {x:.2e}, allowed {result['bounds'][n]:.2e}"
+        for n, x in result.get("errors", {}).items()
+        if not x <= result["bounds"][n]
+    ]
 
 
 def _arguments() -> argparse.Namespace:
@@ -61,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--share", default="1/1", metavar="K/N", help="the K-th of N parts of the cases")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no case after so many minutes")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
-    parser.add_argument("--results", type=Path, default=Path("build/exact.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path(".exact/results.jsonl"))
     parser.add_argument("--again", action="store_true", help="repeat cases that have a result")
     return parser.parse_args()
 

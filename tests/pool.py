@@ -30,9 +30,6 @@ FIRST, MOST = 4, 8
 GRACE = 8.0
 """Seconds that the other ranks may still run once one has failed."""
 
-GROUPS = 12
-"""More process groups than making one ring makes on any rank."""
-
 
 @dataclass(frozen=True)
 class Fold:
@@ -230,15 +227,14 @@ def _obey(rank: int, rings: dict[Any, Any], message: tuple[Any, ...]) -> Any:
     match message:
         case ("world", path, size):
             rings.clear()
-            rings["made"] = 0
+            rings["groups"] = {}
             if dist.is_initialized():
                 dist.destroy_process_group()
             store = dist.FileStore(path, size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
             return None
         case ("ring", number, size, fold, limit):
-            rings["made"] += 1
-            ring = _ring(size, fold, limit, rings["made"])
+            ring = _ring(size, fold, limit, rings["groups"])
             if rank < size:
                 rings[number] = ring
             return None
@@ -247,27 +243,16 @@ def _obey(rank: int, rings: dict[Any, Any], message: tuple[Any, ...]) -> Any:
     raise AssertionError(message)
 
 
-def _ring(size: int, fold: Fold, limit: float, nth: int) -> Any:
-    """A ring of the first ranks, the nth of this world; called by every rank of the world, since groups and meshes are made by all."""
-    import torch
+def _ring(size: int, fold: Fold, limit: float, groups: dict[int, Any]) -> Any:
+    """A ring of the first ranks. Every rank of the world makes the group, once a size: each costs gloo a polling thread a rank."""
     import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
 
     from ringctx.core.ring import Ring
 
-    ring = None
+    if size not in groups:
+        groups[size] = dist.new_group(list(range(size)))
     inside = dist.get_rank() < size
-    if fold != Fold():
-        shape = (fold.nodes, size // fold.heads // fold.nodes, fold.heads)
-        mesh = DeviceMesh("cpu", torch.arange(size).view(shape), mesh_dim_names=("node", "ring", "heads"))
-        ring = Ring.from_mesh(mesh, ring="ring", heads="heads", node="node", timeout=limit) if inside else None
-    else:
-        group = dist.new_group(list(range(size)))
-        ring = Ring.from_group(group, timeout=limit) if inside else None
-    # torch names a group made by its members alone after how many groups each of them has: keep those numbers equal on all ranks.
-    while len(dist.distributed_c10d._world.pg_names) < GROUPS * nth:
-        dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    return ring
+    return Ring.from_group(groups[size], timeout=limit, heads=fold.heads, nodes=fold.nodes) if inside else None
 
 
 def _plain(error: BaseException) -> BaseException:

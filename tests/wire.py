@@ -1,4 +1,4 @@
-"""What crosses the wire, seen from outside: the sends and receives of torch.distributed's process groups are wrapped, and every tensor is noted.
+"""What crosses the wire, seen from outside: sends and receives of torch.distributed's process groups are wrapped, and tensors noted.
 
 Knows torch.distributed alone, so that it can judge what ringctx says of itself.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 COLLECTIVES = (
-    "allreduce broadcast reduce allgather _allgather_base allgather_into_tensor_coalesced gather scatter reduce_scatter _reduce_scatter_base "
-    "alltoall alltoall_base barrier recv_anysource"
+    "allreduce broadcast reduce allgather _allgather_base allgather_into_tensor_coalesced gather scatter "
+    "reduce_scatter _reduce_scatter_base alltoall alltoall_base barrier recv_anysource"
 ).split()
 
 
 @dataclass
 class Wire:
-    """Tensors that this process sent and received, as (dtype, shape, bytes), and by dtype the most bytes of received memory alive at once."""
+    """Tensors sent and received here, as (dtype, shape, bytes), and by dtype the most bytes of received memory alive at once."""
 
     sent: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)
     received: list[tuple[str, tuple[int, ...], int]] = field(default_factory=list)

@@ -1,7 +1,8 @@
 """Ring: the ranks that share a sequence, and how tensors travel between them.
 
 Knows ranks, messages, deadlines and counters. Knows nothing of attention or indices. A ring of one needs no process group.
-Two communicators, one for keys and one for their gradients, so that neither queues behind the other.
+Keys and their gradients travel apart, so that neither is taken for the other or waits in its line: over two communicators
+on NCCL, under two tags on gloo.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringctx.errors import ConfigError, RankLost
+
+GRADS_TAG = 2**30
 
 
 @dataclass
@@ -126,8 +129,9 @@ class Ring:
         """The ranks of a process group, in its order. All of them must call this together."""
         if group is None or dist.get_world_size(group) == 1:
             return cls(timeout=timeout, strict=strict)
-        ranks = dist.get_process_group_ranks(group)
-        grads = dist.new_group(ranks, use_local_synchronization=True)
+        grads = group  # gloo tells messages apart by tag; each of its groups costs a polling thread
+        if dist.get_backend(group) != "gloo":
+            grads = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
         return cls(group, grads=grads, timeout=timeout, strict=strict, heads=heads, nodes=nodes)
 
     @classmethod
@@ -184,7 +188,7 @@ class Ring:
         """
         if self.dead:
             raise RankLost(self.dead)
-        group = self.grads if grads else self.group
+        group, tag = (self.grads, tag + GRADS_TAG) if grads else (self.group, tag)
         ops, meta = [], []
         for messages, call, direction in ((receive, dist.irecv, "from"), (send, dist.isend, "to")):
             for message in messages:

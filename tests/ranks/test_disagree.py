@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringctx import Attention, Layout, RanksDisagree, RingctxError, Unsupported, decode_attention, ring_attention
+from ringctx import Attention, Layout, RingctxError, Unsupported, decode_attention, ring_attention
 from ringctx import patterns as p
-from ringctx.methods.scores import Alibi, DistanceBias, Softcap
+from ringctx.methods.scores import Alibi, DistanceBias, PairBias, Softcap
 from tests.pool import Pool
 
 S = 24
@@ -138,10 +138,9 @@ def _same_everywhere(ring: Any, change: Change) -> str:
         ({"tokens": 5}, "LayoutError"),
         ({"h": 3}, "LayoutError"),
         ({"attention": Attention(pattern=p.documents(cu_seqlens=[0, 9]))}, "LayoutError"),
-        ({"attention": Attention(scores=(Alibi.standard(3),))}, "ConfigError"),
         ({"attention": Attention(pattern=p.documents(ids=torch.zeros(3, S, dtype=torch.int64)))}, ""),
     ],
-    ids=["transport", "refusal", "length", "heads", "documents", "alibi", "documents of another batch"],
+    ids=["transport", "refusal", "length", "heads", "documents", "documents of another batch"],
 )
 def test_a_mistake_of_all_ranks_keeps_its_own_error(pool: Pool, change: Change, error: str) -> None:
     said = pool.run(_same_everywhere, change, size=4, timeout=60)
@@ -164,6 +163,12 @@ def _order(ring: Any, kind: str) -> str:
             layout = Layout.zigzag(S, ring.size)
             out, lse = ring_attention(q, q, q, ring=ring, layout=layout, transport="rotate", return_lse=True)
             (out.sum() + lse.sum() if odd else out.sum()).backward()
+        elif kind == "decode on one rank":
+            if odd:
+                layout, part = Layout.contiguous(S, ring.size), torch.randn(1, S // ring.size, 2, 16)
+                decode_attention(torch.randn(1, 1, 4, 16), part, part, ring=ring, key_layout=layout)
+            else:
+                _call(ring, {})
         elif kind == "backward on one rank":
             out = _call(ring, {}, backward=odd)
     except RingctxError as error:
@@ -174,7 +179,9 @@ def _order(ring: Any, kind: str) -> str:
     return said
 
 
-@pytest.mark.parametrize("kind", ["patterns swapped", "forward against backward", "gradient of lse on one rank", "backward on one rank"])
+@pytest.mark.parametrize(
+    "kind", ["patterns swapped", "forward against backward", "gradient of lse on one rank", "backward on one rank", "decode on one rank"]
+)
 def test_another_order_of_calls(pool: Pool, kind: str) -> None:
     said = pool.run(_order, kind, size=4, timeout=60)
     assert len(set(said)) == 1 and said[0].startswith("RanksDisagree: "), said
@@ -185,8 +192,9 @@ def _decode(ring: Any, change: Change) -> str:
     q, k, v = torch.randn(1, 1, 4, 16), torch.randn(1, S // ring.size, 2, 16), torch.randn(1, S // ring.size, 2, 16)
     given: Change = {"attention": Attention(), "key_layout": layout}
     mine = given | (_made(change, ring.size) if ring.rank == 1 else {})
+    n_q, heads, dtype = mine.pop("n_q", 1), mine.pop("heads", 4), mine.pop("dtype", torch.float32)
     try:
-        decode_attention(q, k, v, ring=ring, **mine)
+        decode_attention(torch.randn(1, n_q, heads, 16).to(dtype), k.to(dtype), v.to(dtype), ring=ring, **mine)
         said = "no error"
     except RingctxError as error:
         said = f"{type(error).__name__}: {error}"
@@ -195,7 +203,18 @@ def _decode(ring: Any, change: Change) -> str:
     return said
 
 
-@pytest.mark.parametrize("change", [{"attention": Attention(pattern=p.full())}, {"key_layout": _striped}, {"attention": Attention(scale=0.5)}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention": Attention(pattern=p.full())},
+        {"key_layout": _striped},
+        {"attention": Attention(scale=0.5)},
+        {"n_q": 2},
+        {"heads": 8},
+        {"dtype": torch.float64},
+    ],
+    ids=["pattern", "key layout", "scale", "queries", "heads", "dtype"],
+)
 def test_decode_disagrees_in_one_sentence(pool: Pool, change: Change) -> None:
     said = pool.run(_decode, change, size=4, timeout=60)
     assert len(set(said)) == 1 and said[0].startswith("RanksDisagree: "), said
@@ -216,6 +235,18 @@ def _refused_in_backward(ring: Any) -> str:
 def test_a_refusal_in_backward_leaves_the_ring_usable(pool: Pool) -> None:
     said = pool.run(_refused_in_backward, size=4, timeout=60)
     assert len(set(said)) == 1 and "gradient of a bias" in said[0]
+
+
+def _broken_score(ring: Any, kind: str) -> str:
+    """A mistake that shows only once tiles are computed: it is told at once and as what it is, also on a causal ring's idle ranks."""
+    score = {"alibi": Alibi.standard(3), "pair": PairBias(torch.zeros(1, S - 1, S - 1)), "distance": DistanceBias(torch.zeros(3, 9))}[kind]
+    return _same_everywhere(ring, {"attention": Attention(scores=(score,))})
+
+
+@pytest.mark.parametrize("kind", ["alibi", "pair", "distance"])
+def test_a_score_that_does_not_fit(pool: Pool, kind: str) -> None:
+    said = pool.run(_broken_score, kind, size=4, timeout=60)
+    assert all(s.startswith(("ConfigError", "LayoutError")) for s in said), said
 
 
 def _untidy(ring: Any) -> bool:

@@ -5,7 +5,9 @@ Ranks are virtual here (`tests.virtual`), but for the last tests, which hold the
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ringctx import Attention, Layout, RankLost, RanksDisagree, decode_attention, ring_attention
 from ringctx import patterns as p
+from ringctx.core import tiles
 from ringctx.core.compute import head_groups
 from ringctx.core.plan import Plan, World, make_plan
 from ringctx.core.ring import Message, Pending, Ring
@@ -22,6 +25,23 @@ from ringctx.testing import dense, error
 from tests import virtual
 from tests.cases import PATTERNS, TOLERANCE, Case, compare, make_layout, on_rank, oracle, problem
 from tests.pool import Fold, Pool
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    """Masked tiles of 8 x 8, so that few tokens make many tiles; what was planned otherwise is forgotten before and after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "LEAF", 8)
+        _forget()
+        yield
+    _forget()
+
+
+def _forget() -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("ringctx."):
+            for cached in [x for x in vars(module).values() if hasattr(x, "cache_clear")]:
+                cached.cache_clear()
 
 
 def case(size: int, length: int, layout: str, pattern: str, route: str, **more: Any) -> Case:
@@ -33,6 +53,7 @@ EXACT = {
     # one rank: tiles, merges, scores
     "merge": case(1, 33, "residue", "causal", "rotate", lse=True),
     "dead_rows": case(1, 60, "residue", "blocks", "rotate"),
+    "islands": case(1, 120, "contiguous", "blocks", "rotate"),
     "scores": case(1, 40, "residue", "causal&(window40|sinks4)", "rotate", scores="all", lse=True),
     "widths": case(1, 33, "contiguous", "causal", "rotate", widths=(8, 12)),
     "shared_keys": case(1, 33, "contiguous", "causal", "rotate", heads=(8, 2)),
@@ -40,11 +61,13 @@ EXACT = {
     "rotate": case(3, 42, "contiguous", "full", "rotate", lse=True),
     "uneven": case(3, 41, "zigzag", "causal", "rotate", batch=2),
     "window": case(3, 42, "contiguous", "causal&window9", "rotate"),
-    "spans": case(3, 66, "zigzag", "causal&(window40|sinks4)", "fetch", keys="gaps"),
+    "spans": case(4, 64, "contiguous", "longformer", "fetch"),
+    "gaps": case(3, 66, "zigzag", "causal&(window40|sinks4)", "fetch", keys="gaps"),
     "documents": case(4, 57, "documents", "causal&documents", "fetch"),
     "gather": case(3, 41, "striped", "causal", "gather"),
     "double": case(4, 44, "zigzag", "longformer", "double"),
     "chunk": case(2, 20, "zigzag", "causal", "rotate", keys="chunk", scores="rotary"),
+    "chunk_rotary": case(2, 20, "contiguous", "causal", "fetch", keys="moved", scores="rotary"),
     "cross": case(2, 33, "zigzag", "full", "fetch", keys="cross"),
     "few": case(4, 3, "contiguous", "causal", "rotate"),
     # heads and queries travel
@@ -180,8 +203,8 @@ def test_bf16_sums_are_kept_and_travel_in_fp32() -> None:
     found = virtual.run(_in_reference, asked, size=4)
     assert all(x["lse"].dtype == torch.float32 and x["travels"] == {torch.float32} for x in found)
     errors = compare(given, oracle(asked, given), [{**x, "dparams": []} for x in found])
-    assert errors["out"] < 2e-3 and errors["lse"] < 1e-6
-    assert errors["dq"] < 2.4e-3 and errors["dk"] < 2.4e-3 and errors["dv"] < 1.8e-3
+    assert errors["lse"] < 1e-6
+    assert all(errors[name] < 2.2e-3 for name in ("out", "dq", "dk", "dv"))  # 1.7e-3; sums in bf16 give 2.7e-3 and more
 
 
 def _in_reference(ring: Any, asked: Case) -> dict[str, Any]:
@@ -204,7 +227,7 @@ DECODE = {
 
 
 def _decoded(ring: Any, name: str, num_new: int) -> Tensor:
-    layout = Layout(((range(0, 9), range(20, 23)), (range(9, 20),), ()))
+    layout = Layout(((range(9), range(20, 23)), (range(9, 20),), ()))
     draw = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(2, n, h, 8, dtype=torch.float64, generator=draw) for n, h in ((num_new, 4), (23, 2), (23, 2)))
     if ring is None:

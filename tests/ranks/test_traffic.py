@@ -15,7 +15,16 @@ from tests.cases import Case, on_rank, problem
 from tests.pool import Pool
 from tests.wire import tapped
 
-PATTERNS = ["causal", "causal&window9", "causal&window300", "causal&(window40|sinks4)", "causal&documents", "blocks", "per_head", "longformer"]
+PATTERNS = [
+    "causal",
+    "causal&window9",
+    "causal&window300",
+    "causal&(window40|sinks4)",
+    "causal&documents",
+    "blocks",
+    "per_head",
+    "longformer",
+]
 WIDE = {"fp32": 4, "fp64": 8, "bf16": 4}  # dk and dv travel in the accumulation dtype: fp32, and fp64 for fp64
 ITEM = {"fp32": 4, "fp64": 8, "bf16": 2}
 
@@ -28,7 +37,15 @@ def _counted(ring: Any, case: Case) -> dict[str, Any]:
     ring.traffic.reset()
     with tapped() as forward:
         out = ring_attention(
-            q, k, v, ring=ring, layout=given.layout, key_layout=given.key_layout, attention=given.attention, transport=case.transport, seed=case.seed
+            q,
+            k,
+            v,
+            ring=ring,
+            layout=given.layout,
+            key_layout=given.key_layout,
+            attention=given.attention,
+            transport=case.transport,
+            seed=case.seed,
         )
     told = {"received": dict(ring.traffic.received), "sent": dict(ring.traffic.sent)}
     ring.traffic.reset()
@@ -38,8 +55,7 @@ def _counted(ring: Any, case: Case) -> dict[str, Any]:
     seen = {name: wire.bytes(incoming) for name, wire, incoming in (("received", forward, True), ("sent", forward, False))}
     seen |= {name: wire.bytes(incoming) for name, wire, incoming in (("back_received", backward, True), ("back_sent", backward, False))}
     everything = sum(size for wire in (forward, backward) for _, _, size in (*wire.received, *wire.sent))
-    hops = sum(len(shape) == 4 for _, shape, _ in forward.received) // 2
-    return {"told": told, "seen": seen, "hops": hops, "everything": everything, "dtypes": sorted({d for d, s, _ in backward.received if len(s) == 4})}
+    return {"told": told, "seen": seen, "everything": everything}
 
 
 def _needed(case: Case) -> list[list[int]]:
@@ -61,7 +77,16 @@ def _key_bytes(case: Case, item: int) -> int:
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_fetch_moves_exactly_what_is_needed(pool: Pool, pattern: str, layout: str, keys: str) -> None:
-    case = Case(size=3 if layout == "zigzag" else 4, length=203, layout=layout, pattern=pattern, route="fetch", keys=keys, heads=(4, 2), widths=(16, 24))
+    case = Case(
+        size=3 if layout == "zigzag" else 4,
+        length=203,
+        layout=layout,
+        pattern=pattern,
+        route="fetch",
+        keys=keys,
+        heads=(4, 2),
+        widths=(16, 24),
+    )
     for dtype in ("fp64", "bf16"):
         case = replace(case, dtype=dtype)
         key, grad = _key_bytes(case, ITEM[dtype]), _key_bytes(case, WIDE[dtype])
@@ -91,7 +116,13 @@ def _window_hops(ring: Any, window: int, s: int) -> int:
     q, k, v = (torch.randn(1, s, 2, 16) for _ in range(3))
     with tapped() as wire:
         ring_attention(
-            q, k, v, ring=ring, layout=Layout.contiguous(s * ring.size, ring.size), attention=Attention(pattern=causal() & window_of(window)), transport="rotate"
+            q,
+            k,
+            v,
+            ring=ring,
+            layout=Layout.contiguous(s * ring.size, ring.size),
+            attention=Attention(pattern=causal() & window_of(window)),
+            transport="rotate",
         )
     return sum(len(shape) == 4 for _, shape, _ in wire.received) // 2
 
@@ -99,7 +130,17 @@ def _window_hops(ring: Any, window: int, s: int) -> int:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("route", ["rotate", "fetch", "gather", "heads", "pass_q", "usp", "double"])
 def test_the_ring_counts_what_crosses(pool: Pool, route: str, dtype: str) -> None:
-    case = Case(size=4, length=130, layout="zigzag", pattern="causal&documents", route=route, dtype=dtype, heads=(4, 2), widths=(16, 24), scores="sink")
+    case = Case(
+        size=4,
+        length=130,
+        layout="zigzag",
+        pattern="causal&documents",
+        route=route,
+        dtype=dtype,
+        heads=(4, 2),
+        widths=(16, 24),
+        scores="sink",
+    )
     for found in pool.run(_counted, case, size=4, fold=case.fold):
         told = sum(sum(kinds.values()) for kinds in found["told"].values())
         assert told == found["everything"]

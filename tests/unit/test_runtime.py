@@ -87,6 +87,28 @@ def test_streamed_pieces_are_the_answer_and_never_half_a_character():
     assert "ï" in pieces and "日" in pieces
 
 
+@pytest.mark.parametrize("text", ["日本語 naïve 😀 " * 40, "In the beginning, " * 30])
+def test_a_long_stream_is_the_whole_text(text):
+    tokenizer = engine().tokenizer
+    pieces: list[str] = []
+    stream = Stream(tokenizer, pieces.append)
+    for token in tokenizer(text).input_ids:
+        stream.push(token)
+    assert stream.close() == "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_bytes_that_are_no_text_do_not_hold_up_the_stream():
+    tokenizer = engine().tokenizer
+    half = tokenizer("日").input_ids[0]
+    pieces: list[str] = []
+    stream = Stream(tokenizer, pieces.append)
+    for _ in range(200):
+        stream.push(half)
+    assert sum(map(len, pieces)) == 199
+    assert len(stream.close()) == 200
+
+
 def test_an_answer_that_ends_inside_a_character_is_still_written():
     tokenizer = engine().tokenizer
     pieces: list[str] = []

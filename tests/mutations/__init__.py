@@ -1,0 +1,15 @@
+"""Breaks of the code that have bitten others, as data: each must be noticed by the few tests that it names.
+
+A mutation replaces a text that occurs exactly once in its file. `python -m tests.mutants` applies them one by one.
+"""
+
+from __future__ import annotations
+
+from tests.mutations.calls import CALLS_AND_CACHES
+from tests.mutations.kinds import Mutation
+from tests.mutations.masks import WHO_SEES_WHOM
+from tests.mutations.scores import HEADS_AND_SCORES
+from tests.mutations.sums import SUMS
+from tests.mutations.travel import TRAVEL
+
+MUTATIONS: tuple[Mutation, ...] = (*TRAVEL, *SUMS, *WHO_SEES_WHOM, *HEADS_AND_SCORES, *CALLS_AND_CACHES)

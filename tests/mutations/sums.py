@@ -1,0 +1,112 @@
+"""Partials and gradients that are added up wrongly, or in too few digits; and traps of the kernels."""
+
+from __future__ import annotations
+
+from tests.mutations.kinds import CORE, Mutation, exact, promise, unit
+
+SUMS = (
+    Mutation(
+        "merge_sign",
+        CORE + "partial.py",
+        "torch.sigmoid(lse - self.lse)",
+        "torch.sigmoid(self.lse - lse)",
+        "the weights of two partials change places",
+        exact("merge"),
+    ),
+    Mutation(
+        "merge_maximum",
+        CORE + "partial.py",
+        "torch.logaddexp(self.lse, lse, out=self.lse)",
+        "torch.maximum(self.lse, lse, out=self.lse)",
+        "the larger lse stands for both",
+        exact("merge"),
+    ),
+    Mutation(
+        "merge_into_a_copy",
+        CORE + "partial.py",
+        "Partial(self.out[:, start:stop], self.lse",
+        "Partial(self.out[:, start:stop].clone(), self.lse",
+        "a tile is merged into a copy of its rows",
+        exact("merge"),
+    ),
+    Mutation(
+        "merge_nan",
+        CORE + "partial.py",
+        ".nan_to_num_(0.0)",
+        "",
+        "rows of which neither partial saw a key become NaN",
+        exact("dead_rows"),
+    ),
+    Mutation(
+        "bf16_sums",
+        CORE + "loop.py",
+        "torch.zeros_like(x, dtype=accumulation_dtype(q.dtype), memory_format",
+        "torch.zeros_like(x, memory_format",
+        "gradients are summed and sent in the model's dtype",
+        promise("test_bf16_sums_are_kept_and_travel_in_fp32"),
+    ),
+    Mutation(
+        "bf16_partials",
+        CORE + "compute.py",
+        "total.rows(a, b).merge_(out, lse)",
+        "total.rows(a, b).merge_(out.to(q.dtype), lse.to(q.dtype))",
+        "lse and out of a tile are rounded to the model's dtype before they are merged",
+        promise("test_bf16_sums_are_kept_and_travel_in_fp32"),
+    ),
+    Mutation(
+        "lse_zero",
+        "ringctx/kernels/sdpa.py",
+        "lse.masked_fill(unseen, -math.inf)",
+        "lse.masked_fill(unseen, 0.0)",
+        "a row that sees nothing has lse 0, as the kernel says, and weighs in the merge",
+        unit("kernel_traps", "test_a_row_that_sees_nothing_gives_zero_and_minus_infinity"),
+    ),
+    Mutation(
+        "strided_width",
+        "ringctx/kernels/tricks.py",
+        "return x if x.stride(-1) == 1 else x.contiguous()",
+        "return x",
+        "a strided last dim reaches aten's kernel, which misreads it",
+        unit("kernel_traps", "test_strides_are_read_rightly_and_no_poison_leaks_in"),
+    ),
+    Mutation(
+        "causal_corner",
+        "ringctx/kernels/tricks.py",
+        "if scores.causal and q.shape[1] != k.shape[1]:",
+        "if scores.causal and q.shape[1] > k.shape[1]:",
+        "a causal tile that is not square is aligned in whichever corner the kernel likes",
+        unit("kernel_traps", "test_a_causal_tile_is_square"),
+    ),
+    Mutation(
+        "dlse_dropped",
+        CORE + "operator.py",
+        "backward_op(dout, dlse, q,",
+        "backward_op(dout, None, q,",
+        "a loss that uses lse loses that part of its gradient",
+        exact("merge"),
+    ),
+    Mutation(
+        "sink_per_head_group",
+        CORE + "compute.py",
+        "total.add_sink_(pick(self.params[0], group.heads, 0))",
+        "total.add_sink_(pick(self.params[0], group.rows, 0))",
+        "a rank with some of the heads reads the sinks of the first ones",
+        exact("usp"),
+    ),
+    Mutation(
+        "sink_in_backward",
+        CORE + "call.py",
+        "work.sink_grad(dout, out, lse, dlse)",
+        "dout.sum()",
+        "the sink gets no gradient",
+        exact("sink"),
+    ),
+    Mutation(
+        "sink_outside_lse",
+        CORE + "partial.py",
+        "self.lse = whole",
+        "del whole",
+        "the sink shrinks out but is missing from lse, so backward does not know of it",
+        exact("sink"),
+    ),
+)

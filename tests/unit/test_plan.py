@@ -1,0 +1,227 @@
+"""Plans, without a process: tiles cover what the pattern allows, parcels fit together, gradients come home, costs add up."""
+
+import itertools
+
+import pytest
+import torch
+
+from ringctx import Layout
+from ringctx.core.choose import Shape, choose
+from ringctx.core.pattern import CAUSAL, FULL, PARTIAL
+from ringctx.core.plan import Plan, make_plan, path
+from ringctx.core.tiles import area, pieces, spans_of, tiles, union, width
+from ringctx.patterns import blocks, causal, dilated, documents, full, global_tokens, prefix, sinks, window
+
+PATTERNS = {
+    "full": full(),
+    "causal": causal(),
+    "window": causal() & window(9),
+    "sinks": causal() & (window(6) | sinks(2)),
+    "documents": causal() & documents((0, 5, 20, 21, 45)),
+    "prefix": prefix(11),
+    "dilated": causal() & dilated(3),
+    "globals": causal() & (window(3) | global_tokens((7, 30))),
+    "blocks": blocks(torch.eye(5, dtype=torch.bool).roll(1, 0), 9),
+    "nothing": causal() & ~causal(),
+}
+LAYOUTS = {
+    "contiguous": Layout.contiguous,
+    "zigzag": Layout.zigzag,
+    "striped": Layout.striped,
+    "residue": lambda length, size: Layout.residue(length, size, 3),
+}
+S = 45
+every = pytest.mark.parametrize(("pattern", "layout"), list(itertools.product(PATTERNS, LAYOUTS)))
+SIZES = [1, 2, 3, 4]
+TRANSPORTS = ["rotate", "fetch", "gather"]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch):
+    """So that short sequences are divided too."""
+    from ringctx.core import tiles as module
+
+    for cached in (module._tiles, module.needs, make_plan):
+        cached.cache_clear()
+    monkeypatch.setattr(module, "LEAF", 4)
+    yield
+    for cached in (module._tiles, module.needs, make_plan):
+        cached.cache_clear()
+
+
+def plans(pattern: str, layout: str, size: int, transport: str, nodes: int = 1) -> list[Plan]:
+    where = LAYOUTS[layout](S, size)
+    return [make_plan((PATTERNS[pattern],), where, where, rank, transport, nodes) for rank in range(size)]
+
+
+def visits_of(plan: Plan):
+    return [plan.home, *(v for hop in plan.hops for v in hop.visits)]
+
+
+@every
+def test_tiles_cover_what_is_allowed_and_each_pair_once(pattern, layout):
+    for size, transport in itertools.product(SIZES, TRANSPORTS):
+        for rank, plan in enumerate(plans(pattern, layout, size, transport)):
+            i = LAYOUTS[layout](S, size).indices(rank)
+            seen = torch.zeros(len(i), S, dtype=torch.int64)
+            for visit in visits_of(plan):
+                j = torch.tensor([x for r in visit.ranges for x in r], dtype=torch.int64)
+                for verdict, a, b, c, d in visit.tiles[0]:
+                    tile = torch.ones(b - a, d - c, dtype=torch.bool)
+                    if verdict == CAUSAL:
+                        assert b - a == d - c
+                        tile = tile.tril()
+                    if verdict == PARTIAL:
+                        tile = PATTERNS[pattern].allows(i[a:b], j[c:d])
+                        assert max(tile.shape) <= 4
+                    seen[a:b].index_add_(1, j[c:d], tile.long())
+            assert torch.equal(seen, PATTERNS[pattern].allows(i, torch.arange(S)).long())
+
+
+@every
+def test_what_one_rank_sends_another_receives(pattern, layout):
+    for size, transport in itertools.product(SIZES, TRANSPORTS):
+        folds = [n for n in (1, 2) if size % n == 0 and (n == 1 or transport == "rotate")]
+        for nodes in folds:
+            ring = plans(pattern, layout, size, transport, nodes)
+            for number in range(max(len(p.hops) for p in ring)):
+                hops = {p.rank: p.hops[number] for p in ring if number < len(p.hops)}
+                sent = sorted((r, x.peer, x.owner, x.spans) for r, hop in hops.items() for x in hop.send)
+                received = sorted((x.peer, r, x.owner, x.spans) for r, hop in hops.items() for x in hop.receive)
+                assert sent == received
+                sent = sorted((r, v.grads_to, v.owner, v.spans) for r, hop in hops.items() for v in hop.visits if v.grads_to is not None)
+                received = sorted((x.peer, r, x.owner, x.spans) for r, hop in hops.items() for x in hop.grads_receive)
+                assert sent == received
+
+
+@every
+def test_every_visitor_s_gradient_comes_home_once(pattern, layout):
+    for size, transport in itertools.product(SIZES, TRANSPORTS):
+        ring = plans(pattern, layout, size, transport)
+        home = [torch.zeros(p.num_keys) for p in ring]
+        expected = [torch.zeros(p.num_keys) for p in ring]
+        under_way: dict[tuple[int, int], float] = {}  # (rank, owner) -> how many visitors' gradients wait there
+        for number in range(max(len(p.hops) for p in ring)):
+            arriving = []
+            for plan in ring:
+                for visit in plan.hops[number].visits if number < len(plan.hops) else ():
+                    total = 1.0 + (under_way.pop((plan.rank, visit.owner)) if visit.grads_from is not None else 0.0)
+                    arriving.append((visit, total))
+                    for a, b in visit.spans:
+                        expected[visit.owner][a:b] += 1
+            for visit, total in arriving:
+                if visit.grads_to == visit.owner:
+                    for a, b in visit.spans:
+                        home[visit.owner][a:b] += total
+                else:
+                    under_way[visit.grads_to, visit.owner] = total
+        assert not under_way
+        assert all(torch.equal(x, y) for x, y in zip(home, expected, strict=True))
+
+
+@every
+def test_fetch_receives_exactly_the_keys_that_the_dense_matrix_shows(pattern, layout):
+    for size in SIZES:
+        where = LAYOUTS[layout](S, size)
+        for rank, plan in enumerate(plans(pattern, layout, size, "fetch")):
+            needed = PATTERNS[pattern].allows(where.indices(rank), torch.arange(S)).any(0)
+            needed[where.indices(rank)] = False
+            got = sorted(j for visit in visits_of(plan)[1:] for r in visit.ranges for j in r)
+            assert got == needed.nonzero().flatten().tolist()
+            assert plan.tokens_received == len(got)
+
+
+@pytest.mark.parametrize(("W", "size"), list(itertools.product([1, 2, 11, 12, 13, 24, 25, 45, 60], [2, 3, 4])))
+def test_a_causal_window_takes_only_the_hops_it_reaches(W, size):
+    where = Layout.contiguous(12 * size, size)
+    ring = [make_plan((causal() & window(W),), where, where, r, "rotate") for r in range(size)]
+    assert max(len(p.hops) for p in ring) == min(size - 1, -(-(W - 1) // 12))
+
+
+@pytest.mark.parametrize(("size", "nodes"), [(4, 1), (4, 2), (6, 2), (6, 3), (8, 4), (9, 3)])
+def test_a_rotation_visits_every_owner_once_and_hands_on_what_it_holds(size, nodes):
+    paths = [path(r, size, nodes) for r in range(size)]
+    for rank in range(size):
+        assert sorted(owner for owner, _, _ in paths[rank]) == [r for r in range(size) if r != rank]
+    crossings = 0
+    for hop in range(size - 1):
+        for rank in range(size):
+            owner, comes, _ = paths[rank][hop]
+            assert owner == (comes if hop == 0 else paths[comes][hop - 1][0])
+            assert paths[comes][hop][2] == rank
+            crossings += comes * nodes // size != rank * nodes // size
+    assert crossings == size * (nodes - 1)
+
+
+@every
+def test_no_rank_holds_more_than_two_visiting_blocks(pattern, layout):
+    for size in SIZES:
+        largest = max(LAYOUTS[layout](S, size).count(r) for r in range(size))
+        for transport in ("rotate", "fetch"):
+            assert all(plan.held <= 2 * largest for plan in plans(pattern, layout, size, transport))
+
+
+@every
+def test_the_counted_bytes_are_those_of_the_plans(pattern, layout):
+    for size in SIZES:
+        where = LAYOUTS[layout](S, size)
+        choice = choose((PATTERNS[pattern],), where, where, Shape(1, 4, 2, 8, 8, 4, 4, True))
+        for option in choice.options:
+            if option.transport in ("rotate", "fetch", "gather"):
+                ring = plans(pattern, layout, size, option.transport)
+                tokens, grads = sum(p.tokens_sent for p in ring), sum(p.grad_tokens_sent for p in ring)
+                assert option.bytes == 2 * 16 * 4 * (2 * tokens + grads)
+
+
+def test_auto_takes_few_bytes_but_not_a_lopsided_plan():
+    shape = Shape(1, 8, 8, 64, 64, 2, 4, True)
+    zigzag, contiguous = Layout.zigzag(64, 2), Layout.contiguous(64, 2)
+    assert choose((causal(),), zigzag, zigzag, shape).transport == "heads"
+    assert choose((causal() & window(4),), zigzag, zigzag, shape).transport == "rotate"  # at a tie with fetch
+    assert choose((causal(),), contiguous, contiguous, shape).transport == "heads"
+    few_keys = Shape(1, 9, 3, 64, 64, 4, 4, False)
+    four = Layout.zigzag(64, 4)
+    assert choose((causal(),), four, four, few_keys).transport == "fetch"
+    answer = Layout(((range(64, 65),), ()))
+    assert choose((causal(),), answer, zigzag, few_keys).transport == "pass_q"
+    assert "→ pass_q" in choose((causal(),), answer, zigzag, few_keys).explain()
+
+
+def test_plans_hash_draw_and_explain_themselves():
+    one, other = plans("causal", "zigzag", 2, "rotate")[0], plans("window", "zigzag", 2, "rotate")[0]
+    assert one.hash == plans("causal", "zigzag", 2, "rotate")[0].hash != other.hash
+    assert "◣" in one.draw()
+    assert "█" in one.draw()
+    assert "hop 1: receives 22 of rank 1 from rank 1" in one.explain()
+
+
+def test_the_drawing_of_a_causal_tile_is_its_lower_half():
+    from ringctx.core.tiles import draw
+
+    rows = tiles(causal(), (range(4),), (range(4),))
+    assert draw(rows, 4, 4, 4).split("\n") == ["◣···", "█◣··", "██◣·", "███◣"]
+
+
+@pytest.mark.parametrize("tile", [(int(FULL), 3, 40, 5, 21), (int(CAUSAL), 2, 39, 8, 45), (int(PARTIAL), 0, 8, 0, 8)])
+def test_pieces_are_the_tile_in_small(tile):
+    def dense(parts):
+        seen = torch.zeros(50, 50, dtype=torch.int64)
+        for verdict, a, b, c, d in parts:
+            whole = torch.ones(b - a, d - c, dtype=torch.int64)
+            seen[a:b, c:d] += whole.tril() if verdict == CAUSAL else whole
+        return seen
+
+    cut = pieces(tile, 8)
+    assert torch.equal(dense(cut), dense([tile]))
+    assert all(max(b - a, d - c) <= 8 for _, a, b, c, d in cut)
+
+
+def test_spans_and_their_union():
+    assert spans_of(torch.tensor([True, True, False, True])) == ((0, 2), (3, 4))
+    assert spans_of(torch.zeros(3, dtype=torch.bool)) == ()
+    assert union([((0, 2), (5, 6)), ((1, 3),), ()]) == ((0, 3), (5, 6))
+    assert width(((0, 3), (5, 6))) == 4
+
+
+def test_the_causal_area_is_half_a_square():
+    assert area(tiles(causal(), (range(16),), (range(16),))) == 16 * 17 // 2
