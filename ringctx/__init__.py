@@ -7,7 +7,7 @@ sequence always dim 1; lse is (b, s, h). An index is a token's place in the whol
 
 from ringctx.core.attention import Attention
 from ringctx.core.decode import decode_attention
-from ringctx.core.entry import ring_attention
+from ringctx.core.entry import explain, ring_attention
 from ringctx.core.layout import Layout
 from ringctx.core.module import RingAttention, ring_sdpa
 from ringctx.core.ring import Ring
@@ -26,6 +26,7 @@ __all__ = [
     "RingctxError",
     "Unsupported",
     "decode_attention",
+    "explain",
     "ring_attention",
     "ring_sdpa",
 ]

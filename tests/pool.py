@@ -61,7 +61,13 @@ class Pool:
         self._worlds = itertools.count()
         self._rings = itertools.count()
         self._ready: dict[tuple[int, Fold], int] = {}
+        self._spoilt = False
         self._busy = 0
+
+    @property
+    def world(self) -> int:
+        """How many processes there are, or will be at first."""
+        return len(self._workers) or self._first
 
     def run(self, job: Callable[..., Any], *args: Any, size: int, fold: Fold = Fold(), timeout: float = 90.0) -> list[Any]:
         """Call job(ring, *args) on ranks 0..size-1 and return what they returned, in the order of ranks.
@@ -77,7 +83,8 @@ class Pool:
         self._grow(size)
         if (size, fold) not in self._ready:
             number = next(self._rings)
-            self._send(len(self._workers), ("ring", number, size, fold, self._ring_timeout))
+            self._send(len(self._workers), ("ring", number, size, fold, self._ring_timeout, self._spoilt))
+            self._spoilt = False
             self._collect(len(self._workers), 60.0)
             self._ready[size, fold] = number
         self._send(size, ("job", self._ready[size, fold], job, args))
@@ -92,7 +99,7 @@ class Pool:
         """End every process."""
         for worker in self._workers:
             worker.kill()
-        self._workers, self._ready, self._busy = [], {}, 0
+        self._workers, self._ready, self._spoilt, self._busy = [], {}, False, 0
 
     def __enter__(self) -> Pool:
         return self
@@ -110,7 +117,7 @@ class Pool:
         target = self._first if size <= self._first else MOST
         folder = Path(self._folder.name)
         self._workers += [_Worker(rank, folder) for rank in range(len(self._workers), target)]
-        self._ready = {}
+        self._ready, self._spoilt = {}, False
         self._send(target, ("world", str(folder / f"world{next(self._worlds)}"), target))
         self._collect(target, 120.0)
 
@@ -142,7 +149,7 @@ class Pool:
                     raise RanksHang(f"ranks {sorted(waiting.values())} of {size} did not end within {timeout:g} s\n{stacks}")
                 break
         if failed:
-            self._ready = {}  # whatever those rings have under way, nobody receives it
+            self._ready, self._spoilt = {}, True  # whatever their groups have under way, nobody receives it
             if any(self._workers) and not all(worker.process.is_alive() for worker in self._workers):
                 self.close()
             texts = [f"rank {rank} of {size} failed:\n{text}" for rank, (text, _) in failed.items()]
@@ -201,7 +208,7 @@ class _Worker:
 def _main(rank: int, pipe: Connection, folder: str) -> None:
     """Obey messages until the test's end of the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stacks = open(Path(folder) / f"stacks-{os.getpid()}", "w")  # noqa: SIM115: faulthandler wants it open for good
+    stacks = open(Path(folder) / f"stacks-{os.getpid()}", "w")  # faulthandler wants it open for good
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     import torch
 
@@ -233,7 +240,12 @@ def _obey(rank: int, rings: dict[Any, Any], message: tuple[Any, ...]) -> Any:
             store = dist.FileStore(path, size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
             return None
-        case ("ring", number, size, fold, limit):
+        case ("ring", number, size, fold, limit, spoilt):
+            if spoilt:
+                for old in rings["groups"].values():
+                    if old is not dist.GroupMember.NON_GROUP_MEMBER:
+                        dist.destroy_process_group(old)
+                rings["groups"].clear()
             ring = _ring(size, fold, limit, rings["groups"])
             if rank < size:
                 rings[number] = ring

@@ -205,16 +205,16 @@ class Work:
         verdict, a, b, c, d = tile
         attention = self.attention
         grad = backward and self.need_param_grads and bool(attention.additive)
-        i, j = indices_of(queries, q.device)[a:b], indices_of(keys, q.device)[c:d]
+        where = lambda: (indices_of(queries, q.device)[a:b], indices_of(keys, q.device)[c:d])  # many tiles never ask
         heads = torch.tensor(group.heads, device=q.device)
         scores = TileScores(
             scale=scale_of(attention, q.shape[3]),
             causal=verdict == CAUSAL,
-            mask=(lambda: _four_dims(group.pattern.allows(i, j))) if verdict == PARTIAL else None,
+            mask=(lambda: _four_dims(group.pattern.allows(*where()))) if verdict == PARTIAL else None,
             elementwise=attention.elementwise,
-            bias=(lambda: self._bias(heads, i, j, accumulation_dtype(q.dtype))) if attention.additive else None,
-            bias_grad=(lambda dbias: self._bias_grad(dbias, heads, i, j)) if grad else None,
-            keep=(lambda: self._keep(q.shape[0], heads, i, j)) if attention.dropout > 0 else None,
+            bias=(lambda: self._bias(heads, *where(), accumulation_dtype(q.dtype))) if attention.additive else None,
+            bias_grad=(lambda dbias: self._bias_grad(dbias, heads, *where())) if grad else None,
+            keep=(lambda: self._keep(q.shape[0], heads, *where())) if attention.dropout > 0 else None,
         )
         return self.choose(verdict, q, q.shape[2], k.shape[2], v.shape[3], backward), scores
 

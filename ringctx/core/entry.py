@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ringctx.core.attention import Attention
+from ringctx.core.call import Call
 from ringctx.core.layout import Layout
 from ringctx.core.operator import attention_op, number_of
 from ringctx.core.ring import Ring
@@ -51,3 +52,26 @@ def ring_attention(
     number = number_of(ring, layout, key_layout, attention, transport, kernel, train)
     out, lse, _ = attention_op(q, k, v, params, number, seed, batch_offset)
     return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ring: Ring,
+    layout: Layout,
+    key_layout: Layout | None = None,
+    attention: Attention = _DEFAULT,
+    transport: str = "auto",
+) -> str:
+    """How ring_attention would move and compute these tensors on this rank, and why this transport; sends nothing.
+
+    q (b s h d), k (b n g d), v (b n g e); only shapes, dtype and requires_grad matter. Raises LayoutError like ring_attention.
+    """
+    train = any(x.requires_grad for x in (q, k, v))
+    call = Call(ring, layout, layout if key_layout is None else key_layout, attention, transport, "auto", train)
+    problem = call.problem(q, k, v)
+    if problem:
+        raise problem
+    return call.route(q, k, v).explain()

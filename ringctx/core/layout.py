@@ -28,7 +28,7 @@ def count(ranges: Ranges) -> int:
     return sum(map(len, ranges))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)
 def _indices(ranges: Ranges) -> Tensor:
     parts = [torch.arange(r.start, r.stop, r.step) for r in ranges]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

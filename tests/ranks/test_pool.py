@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
+from ringctx import Ring
+from ringctx.core.ring import Message
 from tests.pool import Fold, Pool, RankFailed, RanksHang
 
 
@@ -54,6 +57,40 @@ def test_a_failure_names_its_rank(pool: Pool) -> None:
         pool.run(_fail, 2, size=4)
     assert list(caught.value.errors) == [2] and isinstance(caught.value.errors[2], LookupError)
     assert pool.run(_sum, 0, size=4)[0][2] == 6.0
+
+
+def _half_done(ring: Any) -> None:
+    """Rank 0 waits for what nobody sends; rank 1 fails with a message under way."""
+    if ring.rank == 0:
+        ring.exchange("keys", "keys at hop 1", [Message(1, (torch.empty(5),)), Message(1, (torch.empty(3),))]).wait()
+    ring.exchange("keys", "keys at hop 1", [], [Message(0, (torch.ones(5),))])
+    raise LookupError("in the middle")
+
+
+@pytest.mark.slow
+def test_messages_of_a_failed_job_are_not_received_later(pool: Pool) -> None:
+    with pytest.raises((RankFailed, RanksHang), match="in the middle"):
+        pool.run(_half_done, size=2)
+    assert pool.run(_sum, 0, size=2)[0][2] == 1.0
+
+
+def _of_mesh(ring: Any) -> list[tuple[int, int, int, int]]:
+    """Rings along the axes of a mesh, made by all ranks together; each then sends a number round."""
+    mesh = DeviceMesh("cpu", torch.arange(ring.size).view(2, ring.size // 4, 2), mesh_dim_names=("node", "ring", "heads"))
+    whole = Ring.from_mesh(mesh, ring="ring", heads="heads", node="node", timeout=20.0)
+    pair = Ring.from_mesh(mesh, ring="heads", timeout=20.0)
+    for made in (whole, pair):
+        came = torch.empty(1)
+        left, right = (made.rank - 1) % made.size, (made.rank + 1) % made.size
+        made.exchange("keys", "keys at hop 1", [Message(left, (came,))], [Message(right, (torch.tensor([float(made.rank)]),))]).wait()
+        assert int(came) == left
+    return [(made.rank, made.size, made.heads, made.nodes) for made in (whole, pair)]
+
+
+def test_rings_of_a_mesh(pool: Pool) -> None:
+    pool.run(_sum, 0, size=3)  # ranks that have made different numbers of groups
+    size = pool.world
+    assert pool.run(_of_mesh, size=size) == [[(rank, size, 2, 2), (rank % 2, 2, 1, 1)] for rank in range(size)]
 
 
 @pytest.mark.slow
