@@ -90,7 +90,7 @@ def _of_mesh(ring: Any) -> list[tuple[int, int, int, int]]:
 def test_rings_of_a_mesh(pool: Pool) -> None:
     pool.run(_sum, 0, size=3)  # ranks that have made different numbers of groups
     size = pool.world
-    assert pool.run(_of_mesh, size=size) == [[(rank, size, 2, 2), (rank % 2, 2, 1, 1)] for rank in range(size)]
+    assert pool.run(_of_mesh, size=size, timeout=30) == [[(rank, size, 2, 2), (rank % 2, 2, 1, 1)] for rank in range(size)]
 
 
 @pytest.mark.slow
