@@ -88,7 +88,7 @@ def _in_child(folder: Path, tests: list[str], output: int) -> None:
         os.chdir(folder)
         sys.dont_write_bytecode = True
         sys.path[:] = [str(folder), *(path for path in sys.path if path and Path(path).resolve() != ROOT)]
-        os.environ["PYTHONPATH"] = str(folder)
+        os.environ |= {"PYTHONPATH": str(folder), "COLUMNS": "200"}
         for name in [name for name in sys.modules if name.split(".")[0] in ("ringctx", "tests")]:
             del sys.modules[name]
         found = importlib.util.find_spec("ringctx")
@@ -121,10 +121,10 @@ def killer(output: str) -> str:
     return found.group(1) if found else ""
 
 
-def try_all(mutations: list[Mutation], timeout: float) -> int:
+def try_all(mutations: list[Mutation], timeout: float, why: bool) -> int:
     """Print a line for each mutation; the exit code."""
     import torch
-    import torch._dynamo  # noqa: F401: what children need is loaded once
+    import torch._dynamo  # what children need is loaded once
 
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -148,8 +148,8 @@ def try_all(mutations: list[Mutation], timeout: float) -> int:
             if verdict.word != "killed":
                 alive.append(mutation)
                 print(f"    {mutation.file}: {mutation.old!r} -> {mutation.new!r}; tests: {' '.join(mutation.tests)}")
-            if os.environ.get("RINGCTX_MUTANTS_WHY"):
-                print(f"    {killer(verdict.output)[:220]}")
+            if why:
+                print(f"    {killer(verdict.output)}")
             if verdict.word not in ("killed", "survived"):
                 print(verdict.output[-3000:])
     print(f"{len(mutations) - len(alive)} of {len(mutations)} mutants killed in {time.monotonic() - began:.0f} s")
@@ -163,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", metavar="NAME", action="append", help="try this mutation alone; may be repeated")
     parser.add_argument("--list", action="store_true", help="print the mutations and stop")
+    parser.add_argument("--why", action="store_true", help="print the test that noticed, too")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="for the tests of one mutation")
     asked = parser.parse_args(arguments)
     unknown = sorted(set(asked.only or ()) - {m.name for m in MUTATIONS})
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     if lost:
         print("\n".join([*lost, "Each text must be there exactly once; bring the mutations up to date with the code."]))
         return 1
-    return try_all(mutations, asked.timeout)
+    return try_all(mutations, asked.timeout, asked.why)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ WHO_SEES_WHOM = (
     Mutation(
         "mask_by_block",
         CORE + "compute.py",
-        "group.pattern.allows(i, j)",
-        "group.pattern.allows(i // 8 * 8, j // 8 * 8)",
+        "group.pattern.allows(*where())",
+        "group.pattern.allows(*(x // 8 * 8 for x in where()))",
         "masks are as coarse as blocks",
         exact("window"),
     ),

@@ -48,8 +48,8 @@ HEADS_AND_SCORES = (
     Mutation(
         "alibi_by_rank",
         CORE + "compute.py",
-        "self._bias(heads, i, j, accumulation",
-        "self._bias(heads, i - i[0], j, accumulation",
+        "score.bias(heads, i, j, params",
+        "score.bias(heads, i - i[0], j, params",
         "distances are counted from the tile's first query",
         exact("alibi"),
     ),
@@ -72,8 +72,8 @@ HEADS_AND_SCORES = (
     Mutation(
         "dropout_by_rank",
         CORE + "compute.py",
-        "self._keep(q.shape[0], heads, i, j)",
-        "self._keep(q.shape[0], heads, i - i[0], j)",
+        "self.seed, batch, heads, i, j)",
+        "self.seed, batch, heads, i - i[0], j)",
         "dropout depends on the layout",
         exact("dropout"),
     ),

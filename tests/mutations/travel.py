@@ -33,7 +33,7 @@ TRAVEL = (
         "all_hops",
         CORE + "plan.py",
         "hop_of[stops[-1]] if stops else 0, hop_of)",
-        "len(hop_of), hop_of)",
+        "len(hop_of) if stops else 0, hop_of)",
         "rotate sends keys all the way round although nobody needs them",
         promise("test_rotate_carries_what_later_ranks_need_as_far_as_it_is_needed"),
     ),
