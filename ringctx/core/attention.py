@@ -98,12 +98,19 @@ class Attention:
 
     def key(self) -> Hashable:
         """Equal for attentions that differ only in the numbers inside their tensors."""
-        scores = tuple(str(s) for s in self.scores)
+        scores = tuple(described(s) if _has_params(s) else s for s in self.scores)
         sink = None if self.sink is None else tuple(self.sink.shape)
         return (self.pattern, scores, sink, self.dropout, self.scale)
 
+    def text(self) -> str:
+        """The same on every rank for equal keys, and different for different ones, as far as patterns and scores print their content."""
+        scores = ", ".join(map(described, self.scores))
+        sink = None if self.sink is None else tuple(self.sink.shape)
+        return f"{self.pattern!r}, scores {scores}, sink {sink}, dropout {self.dropout!r}, scale {self.scale!r}"
+
     def __str__(self) -> str:
-        parts = [str(self.pattern), *map(str, self.scores)]
+        says = lambda s: described(s) if type(s).__str__ is object.__str__ else str(s)
+        parts = [str(self.pattern), *map(says, self.scores)]
         parts += ["sink"] * (self.sink is not None) + [f"dropout {self.dropout}"] * (self.dropout > 0)
         parts += [f"scale {self.scale}"] * (self.scale is not None)
         return ", ".join(parts)
@@ -115,6 +122,19 @@ def _kind(score: object) -> str:
     if hasattr(score, "apply") and hasattr(score, "derivative"):
         return "elementwise"
     raise ConfigError(f"{score!r} is no score: it needs apply and derivative (elementwise), or params, bias and grads (additive).")
+
+
+def _has_params(score: Any) -> bool:
+    return _kind(score) == "additive" and bool(score.params())
+
+
+def described(score: Any) -> str:
+    """A score in words that are the same in every process: content where it prints it, shapes where it holds tensors."""
+    if _has_params(score):
+        shapes = ", ".join(f"{tuple(p.shape)} {p.dtype}" for p in score.params())
+        return f"{type(score).__qualname__}({shapes})"
+    prints = getattr(type(score), "__repr__", None) is not object.__repr__  # else it prints where it lies in memory
+    return repr(score) if prints else type(score).__qualname__
 
 
 def scale_of(attention: Attention, width: int) -> float:

@@ -7,9 +7,10 @@ for tokens on the way in and back on the way out where the transport says so; be
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from ringctx.core import loop, pass_q
@@ -67,6 +68,8 @@ class Call:
     transport: str
     kernel: str
     train: bool
+    train_params: bool = False
+    routes: dict[Shape, Route] = field(default_factory=dict)
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor) -> RingctxError | None:
         """Why this rank's tensors cannot be attended, or None."""
@@ -103,6 +106,21 @@ class Call:
             )
         if sink is not None and len(sink) != q.shape[2]:
             return LayoutError(f"The sink has {len(sink)} logits, but there are {q.shape[2]} query heads; give one each.")
+        return self._scores_problem(q.shape[2], q.device)
+
+    def _scores_problem(self, num_heads: int, device: torch.device) -> RingctxError | None:
+        """Ask every additive score for the last pair of indices: a table that is too small says so before anything moves."""
+        if not self.layout.length or not self.key_layout.length:
+            return None
+        i, j = (torch.tensor([x.length - 1], device=device) for x in (self.layout, self.key_layout))
+        for score in self.attention.additive:
+            try:
+                score.bias(torch.arange(num_heads, device=device), i, j, score.params())
+            except RingctxError as error:
+                return error
+            except (IndexError, RuntimeError) as error:
+                reach = f"{num_heads} heads, query {int(i)} and key {int(j)}"
+                return LayoutError(f"{score} does not reach {reach} ({error}); make it for this sequence and these heads.")
         return None
 
     def facts(self, q: Tensor, k: Tensor, v: Tensor, what: str, seed: int, batch_offset: int) -> Facts:
@@ -117,7 +135,7 @@ class Call:
             "dtype": str(q.dtype).removeprefix("torch."),
             "layout": f"{self.layout} ({_digest(self.layout)})",
             "key layout": f"{self.key_layout} ({_digest(self.key_layout)})",
-            "attention": f"{str(self.attention)[:200]} ({_digest(self.attention.key())})",
+            "attention": f"{str(self.attention)[:200]} ({_digest(self.attention.text())})",
             "transport": self.transport,
             "kernel": self.kernel,
             "seed": seed,
@@ -129,7 +147,9 @@ class Call:
         """How tensors of these shapes travel."""
         item, wide = q.element_size(), accumulation_dtype(q.dtype).itemsize
         shape = Shape(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], item, wide, self.train)
-        return _route(self.ring, self.layout, self.key_layout, self.attention.pattern, self.transport, shape)
+        if shape not in self.routes:
+            self.routes[shape] = _route(self.ring, self.layout, self.key_layout, self.attention.pattern, self.transport, shape)
+        return self.routes[shape]
 
 
 @lru_cache(maxsize=1024)
@@ -137,7 +157,6 @@ def _digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-@lru_cache(maxsize=512)
 def _route(ring: Ring, layout: Layout, key_layout: Layout, pattern: Pattern, transport: str, shape: Shape) -> Route:
     whole = head_groups(pattern, shape.h, shape.g)
     patterns = tuple(g.pattern for g in whole)
@@ -182,12 +201,17 @@ def forward(
     try:
         route = None if problem else call.route(q, k, v)
         if route:
-            work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset)
+            work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset, call.train_params)
             work.check(route.plan.all_tiles, q, v.shape[3], call.train)
     except RingctxError as error:
         problem = error
     agree(call.ring, call.facts(q, k, v, "forward", seed, batch_offset), problem)
     assert route is not None
+    with call.ring.unbroken():
+        return _forward(call, route, work, q, k, v)
+
+
+def _forward(call: Call, route: Route, work: Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     if route.trades is None:
         out, lse = _run_forward(work, route, q, k, v)
         return out, lse, []
@@ -222,9 +246,25 @@ def backward(
     need_param_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """dq, dk, dv with the shapes and dtype of q, k, v = saved[:3], and this rank's share of each param's gradient."""
-    q, k, v, out, lse = saved
+    q, k, v = saved[:3]
     facts = {**call.facts(q, k, v, "backward", seed, batch_offset), "gradient of lse": dlse is not None}
     agree(call.ring, facts)
+    with call.ring.unbroken():
+        return _backward(call, dout, dlse, saved, kept, params, seed, batch_offset, need_param_grads)
+
+
+def _backward(
+    call: Call,
+    dout: Tensor,
+    dlse: Tensor | None,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    kept: list[Tensor],
+    params: list[Tensor],
+    seed: int,
+    batch_offset: int,
+    need_param_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    q, k, v, out, lse = saved
     route = call.route(q, k, v)
     work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset, need_param_grads)
     if route.trades is None:

@@ -195,7 +195,9 @@ class Work:
 
     def check(self, tiles: Iterable[Sequence[tuple[Tile, ...]]], q: Tensor, e: int, backward: bool) -> None:
         """Raise Unsupported before anything moves, if some tile would find no kernel."""
-        for group, verdict in {(g, t[0]) for visit in tiles for g, rows in zip(self.groups, visit, strict=True) for t in rows}:
+        kinds = {(-t[0], n) for visit in tiles for n, rows in enumerate(visit) for t in rows}
+        for minus_verdict, n in sorted(kinds):  # the same order on every rank, so that most name the same refusal
+            group, verdict = self.groups[n], -minus_verdict
             for way in (False, True)[: 1 + backward]:
                 self.choose(verdict, q, len(group.rows), len(group.keys), e, way)
 

@@ -6,24 +6,23 @@ Letters: b batch, n_q new tokens, n cached tokens here, h query heads, g key hea
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ringctx.core.attention import Attention
+from ringctx.core.call import Call
 from ringctx.core.compute import HeadGroup, Work, head_groups
-from ringctx.core.header import share
+from ringctx.core.header import agree, share
 from ringctx.core.layout import Layout, Ranges
 from ringctx.core.partial import Partial
 from ringctx.core.pattern import FULL, Full
 from ringctx.core.ring import Ring
 from ringctx.core.tiles import tiles as tiles_of
-from ringctx.errors import LayoutError, RanksDisagree, Unsupported
+from ringctx.errors import LayoutError, RingctxError, Unsupported
 
 _DEFAULT = Attention()
-HEADER = 2  # numbers before the partial: the call's number, and a checksum of what must be equal on all ranks
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, ring: Ring, attention: Attention = _DEFAULT) -> Tensor:
@@ -33,35 +32,36 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, rin
       -> out (b n_q h e) in q's dtype, bitwise equal on every rank.
     No backward: it is for inference. Raises LayoutError, Unsupported, RanksDisagree, RankLost.
     """
-    _check(q, k, v, key_layout, ring, attention)
-    queries: Ranges = (range(key_layout.length - q.shape[1], key_layout.length),)
-    keys = key_layout.spans[ring.rank]
+    queries = Layout(((range(max(0, key_layout.length - q.shape[1]), key_layout.length),), *((),) * (key_layout.size - 1)))
+    call = Call(ring, queries, key_layout, attention, "auto", "auto", train=False)
+    agree(ring, call.facts(q, k, v, "decode", 0, 0) | {"new tokens": q.shape[1]}, _problem(q, k, v, key_layout, ring, attention))
+    rows, keys = queries.spans[0], key_layout.spans[ring.rank]
     if attention.encoding is not None:
-        q = attention.encoding.queries(q, torch.arange(queries[0].start, queries[0].stop, device=q.device))
+        q = attention.encoding.queries(q, queries.indices(0, q.device))
         k = attention.encoding.keys(k, key_layout.indices(ring.rank, k.device))
-    with torch.no_grad():
+    with torch.no_grad(), ring.unbroken():
         groups = head_groups(attention.pattern, q.shape[2], k.shape[2])
         work = Work(attention, groups, [p.detach() for p in attention.params()], "auto", 0, 0)
         totals = work.empty(q, v.shape[3])
         if keys:
-            _attend(work, totals, groups, q, queries, k, v, keys)
-        for total, parts in zip(totals, _reduce(ring, totals, _fingerprint(q, key_layout, attention)), strict=True):
-            total.out, total.lse = parts.out, parts.lse
-        return work.whole(totals, q, v.shape[3])[0]
+            _attend(work, totals, groups, q, rows, k, v, keys)
+        return work.whole(_reduce(ring, totals), q, v.shape[3])[0]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, key_layout: Layout, ring: Ring, attention: Attention) -> None:
+def _problem(q: Tensor, k: Tensor, v: Tensor, key_layout: Layout, ring: Ring, attention: Attention) -> RingctxError | None:
+    """Why this rank cannot decode, or None."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise Unsupported("decode_attention has no backward; call it under torch.no_grad(), or train with ring_attention.")
+        return Unsupported("decode_attention has no backward; call it under torch.no_grad(), or train with ring_attention.")
     if attention.dropout:
-        raise Unsupported("decode_attention drops nothing; pass an attention with dropout=0.0.")
+        return Unsupported("decode_attention drops nothing; pass an attention with dropout=0.0.")
     if key_layout.size != ring.size:
-        raise LayoutError(f"The ring has {ring.size} ranks, but the key layout has {key_layout.size}; make it for {ring.size}.")
+        return LayoutError(f"The ring has {ring.size} ranks, but the key layout has {key_layout.size}; make it for {ring.size}.")
     have, want = (k.shape[1], v.shape[1]), key_layout.count(ring.rank)
     if have != (want, want):
-        raise LayoutError(f"k and v have {have[0]} and {have[1]} tokens, but the layout gives rank {ring.rank} {want}.")
+        return LayoutError(f"k and v have {have[0]} and {have[1]} tokens, but the layout gives rank {ring.rank} {want}.")
     if q.shape[1] > key_layout.length:
-        raise LayoutError(f"q has {q.shape[1]} tokens, but the key layout ends at {key_layout.length}; append the new tokens to it first.")
+        return LayoutError(f"q has {q.shape[1]} tokens, but the key layout ends at {key_layout.length}; append the new tokens to it first.")
+    return None
 
 
 def _attend(
@@ -84,29 +84,14 @@ def _attend(
     work.forward(totals, tiles, q, queries, k, v, keys)
 
 
-def _fingerprint(q: Tensor, key_layout: Layout, attention: Attention) -> int:
-    """A checksum of everything that must be equal on all ranks."""
-    return zlib.crc32(repr((tuple(q.shape), str(q.dtype), hash(key_layout), str(attention))).encode())
-
-
-def _reduce(ring: Ring, totals: list[Partial], fingerprint: int) -> list[Partial]:
+def _reduce(ring: Ring, totals: list[Partial]) -> list[Partial]:
     """All ranks' partials, merged in rank order, so that every rank gets the same bits."""
     if ring.size == 1:
         return totals
-    ring.calls += 1
-    head = totals[0].lse.new_tensor([ring.calls % 2**20, fingerprint % 2**20])
-    flat = torch.cat([head, *(x.reshape(-1) for t in totals for x in (t.out, t.lse))])
-    # a partial of another size can never match this tag, so it ends in a deadline instead of overrunning a buffer
-    everyone = share(ring, flat, "partials", tag=1 + flat.numel() % 2**29)
-    merged = [Partial.empty(tuple(t.out.shape), t.out.dtype, t.out.device) for t in totals]  # type: ignore[arg-type]
-    for rank, theirs in enumerate(everyone):
-        if not torch.equal(theirs[:HEADER].cpu(), head.cpu()):
-            other, own = (f"call {int(x[0])} with fingerprint {int(x[1])}" for x in (theirs, head))
-            raise RanksDisagree(
-                f"Ranks disagree: rank {rank} decodes {other}, rank {ring.rank} {own}. "
-                "All ranks must call decode_attention with the same layout and attention, in the same order."
-            )
-        at = HEADER
+    everyone = share(ring, torch.cat([x.reshape(-1) for t in totals for x in (t.out, t.lse)]), "partials")
+    merged = [Partial(torch.zeros_like(t.out), torch.full_like(t.lse, -torch.inf)) for t in totals]
+    for theirs in everyone:
+        at = 0
         for total in merged:
             out = theirs[at : at + total.out.numel()].view_as(total.out)
             at += total.out.numel()

@@ -46,10 +46,11 @@ def ring_attention(
         q = attention.encoding.queries(q, layout.indices(ring.rank, q.device))
         k = attention.encoding.keys(k, key_layout.indices(ring.rank, k.device))
     params = attention.params()
-    train = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *params))
+    train_params = torch.is_grad_enabled() and any(p.requires_grad for p in params)
+    train = train_params or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if attention.dropout else 0
-    number = number_of(ring, layout, key_layout, attention, transport, kernel, train)
+    number = number_of(ring, layout, key_layout, attention, transport, kernel, train, train_params)
     out, lse, _ = attention_op(q, k, v, params, number, seed, batch_offset)
     return (out, lse) if return_lse else out
 

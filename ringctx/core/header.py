@@ -40,22 +40,22 @@ def agree(ring: Ring, facts: Facts, problem: RingctxError | None = None) -> None
     note = said.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
     notes = [
         bytes(t.tolist()).rstrip(b"\0").decode(errors="replace")
-        for t in share(ring, torch.frombuffer(bytearray(note), dtype=torch.uint8), "notes")
+        for t in share(ring, torch.frombuffer(bytearray(note), dtype=torch.uint8), "header")
     ]
     if problem and all(n.startswith("problem=") for n in notes):
         raise problem
     raise RanksDisagree(sentence(notes))
 
 
-def share(ring: Ring, mine: Tensor, what: str, tag: int = 0) -> list[Tensor]:
-    """Every rank's tensor of one shape, in rank order; a few bytes straight from each to each."""
-    device = torch.device("cpu") if ring.group is None or _is_gloo(ring) else torch.device("cuda")
+def share(ring: Ring, mine: Tensor, kind: str) -> list[Tensor]:
+    """Every rank's tensor of one shape, in rank order; straight from each to each. kind: as the traffic counters call it."""
+    device = torch.device("cuda") if ring.group is not None and not _is_gloo(ring) else mine.device
     mine = mine.to(device)
     tensors = [mine if r == ring.rank else torch.empty_like(mine) for r in range(ring.size)]
     others = [(ring.rank + n) % ring.size for n in range(1, ring.size)]
     receive = [Message(r, (tensors[r],)) for r in others]
-    ring.exchange(what if what == "partials" else "header", what, receive, [Message(r, (mine,)) for r in others], tag=tag).wait()
-    return [t.cpu() if what != "partials" else t for t in tensors]
+    ring.exchange(kind, f"the {kind}", receive, [Message(r, (mine,)) for r in others]).wait()
+    return tensors
 
 
 def _is_gloo(ring: Ring) -> bool:

@@ -6,7 +6,9 @@ shapes without a process group, its backward is a second operator, and double ba
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,18 +21,24 @@ from ringctx.core.ring import Ring
 from ringctx.errors import Unsupported
 from ringctx.kernels.base import accumulation_dtype
 
-_numbers: dict[object, int] = {}
-_calls: list[Call] = []
+_calls: WeakValueDictionary[int, Call] = WeakValueDictionary()  # rings keep their calls
+_next = itertools.count()
+MOST_UNTRAINED = 256
 
 
-def number_of(ring: Ring, layout: Layout, key_layout: Layout, attention: Attention, transport: str, kernel: str, train: bool) -> int:
+def number_of(
+    ring: Ring, layout: Layout, key_layout: Layout, attention: Attention, transport: str, kernel: str, train: bool, train_params: bool
+) -> int:
     """The number of this way of calling; equal calls share one, whatever numbers their tensors hold."""
-    key = (ring, layout, key_layout, attention.key(), transport, kernel, train)
-    number = _numbers.get(key)
-    if number is None:
-        number = _numbers[key] = len(_calls)
-        _calls.append(Call(ring, layout, key_layout, attention, transport, kernel, train))
-    return number
+    key = (layout, key_layout, attention.key(), transport, kernel, train, train_params)
+    if key not in ring.kept:
+        untrained = [k for k, (_, call) in ring.kept.items() if not call.train]
+        if len(untrained) >= MOST_UNTRAINED:  # a cache that grows makes a new layout for every chunk
+            for old in untrained:
+                del ring.kept[old]
+        number, call = next(_next), Call(ring, layout, key_layout, attention, transport, kernel, train, train_params)
+        ring.kept[key], _calls[number] = (number, call), call
+    return int(ring.kept[key][0])
 
 
 @torch.library.custom_op("ringctx::attention", mutates_args=())
@@ -108,7 +116,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dkept: object)
     q, k, v, out, lse, *rest = ctx.saved_tensors
     kept, params = rest[: ctx.num_kept], rest[ctx.num_kept :]
     dout = torch.zeros_like(out) if dout is None else dout
-    need = any(p.requires_grad for p in params)
+    need = _calls[ctx.call].train_params
     dq, dk, dv, dparams = backward_op(dout, dlse, q, k, v, out, lse, kept, params, ctx.call, ctx.seed, ctx.batch_offset, need)
     return dq, dk, dv, dparams if need else [None] * len(params), None, None, None
 

@@ -207,6 +207,11 @@ class Tour:
     last: int
     hop_of: dict[int, int]
 
+    def onward(self, rank: int, owner: int) -> int:
+        """Where the gradients of a stop go: to the stop of the next hop, or home if there is none, so that none wait for long."""
+        following = [p for p in self.stops if self.hop_of[p] == self.hop_of[rank] + 1]
+        return following[0] if following else owner
+
 
 def tour(world: World, owner: int) -> Tour:
     """Where the owner's keys go, and no farther."""
@@ -218,7 +223,6 @@ def tour(world: World, owner: int) -> Tour:
 def _rotate(world: World, rank: int) -> list[Hop]:
     """Pass-KV ring (Liu et al. 2023): keys go round until nobody later needs them; gradients follow, rank by rank, then home."""
     tours = [tour(world, o) for o in range(world.size)]
-    after = {(o, p): n for o, t in enumerate(tours) for p, n in zip(t.stops, (*t.stops[1:], o), strict=False)}  # gradients' next rank
 
     hops, holding = [], rank
     for number, (owner, comes, goes) in enumerate(path(rank, world.size, world.nodes), 1):
@@ -227,9 +231,9 @@ def _rotate(world: World, rank: int) -> list[Hop]:
         visits: tuple[Visit, ...] = ()
         stops = tours[owner].stops
         if rank in stops:
-            before = stops.index(rank) - 1
-            visits = (world.visit(rank, owner, tours[owner].carried, stops[before] if before >= 0 else None, after[owner, rank]),)
-        coming = sorted((o, p) for (o, p), to in after.items() if to == rank and tours[o].hop_of[p] == number)
+            came = next((p for p in stops if tours[owner].onward(p, owner) == rank), None)
+            visits = (world.visit(rank, owner, tours[owner].carried, came, tours[owner].onward(rank, owner)),)
+        coming = [(o, p) for o, t in enumerate(tours) for p in t.stops if t.hop_of[p] == number and t.onward(p, o) == rank]
         grads = tuple(Parcel(p, o, tours[o].carried) for o, p in coming)
         hops.append(Hop(receive, send, visits, grads))
         holding = owner

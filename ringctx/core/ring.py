@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -97,6 +98,7 @@ class Ring:
         self.traffic = traffic or Traffic()
         self.calls = 0
         self.dead: str | None = None
+        self.kept: dict[Hashable, Any] = {}
         self._owns_world = False
         if self.size % (heads * nodes):
             raise ConfigError(
@@ -126,7 +128,10 @@ class Ring:
     def from_group(
         cls, group: dist.ProcessGroup | None, *, timeout: float = 600.0, strict: bool = True, heads: int = 1, nodes: int = 1
     ) -> Self:
-        """The ranks of a process group, in its order. All of them must call this together."""
+        """The ranks of a process group, in its order. All of them must call this together.
+
+        On NCCL this makes a second group, and torch wants all of them to have made equally many groups before.
+        """
         if group is None or dist.get_world_size(group) == 1:
             return cls(timeout=timeout, strict=strict)
         grads = group  # gloo tells messages apart by tag; each of its groups costs a polling thread
@@ -151,10 +156,9 @@ class Ring:
         if unknown:
             raise ConfigError(f"The mesh has axes {mesh.mesh_dim_names}, none called {unknown[0]!r}; name one of them.")
         part = mesh[tuple(axes)] if len(axes) > 1 else mesh[axes[0]]
-        ranks = [int(r) for r in part.mesh.flatten()]
-        if len(ranks) == 1:
+        if part.size() == 1:
             return cls(timeout=timeout, strict=strict)
-        group = part.get_group() if len(axes) == 1 else dist.new_group(ranks, use_local_synchronization=True)
+        group = part.get_group() if len(axes) == 1 else part._flatten("_".join(axes)).get_group()
         size = {axis: mesh[axis].size() for axis in axes}
         return cls.from_group(group, timeout=timeout, strict=strict, heads=size.get(heads or "", 1), nodes=size.get(node or "", 1))
 
@@ -225,6 +229,22 @@ class Ring:
         )
         self.dead = f"Rank {self.rank} {verb} {what} {direction} rank {peer}: {why}. The ring is broken; start the ranks again."
         raise RankLost(self.dead) from error
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """What runs inside must end on every rank: if it fails here, peers hold half of a call, and the ring is broken."""
+        try:
+            yield
+        except RankLost as error:
+            self.dead = str(error)
+            raise
+        except BaseException as error:
+            if self.size > 1:
+                self.dead = (
+                    f"Rank {self.rank} broke off an earlier call midway ({type(error).__name__}: {error}), so its peers hold half of it. "
+                    "The ring is broken; start the ranks again."
+                )
+            raise
 
     # -- life -------------------------------------------------------------------------------------------------------
 

@@ -65,11 +65,10 @@ class Homeward:
     def hop(self, number: int, done: list[tuple[Visit, Tensors]]) -> None:
         """After hop `number` is computed: take in what came of the hop before, send this hop's gradients on."""
         self.finish()
-        send = []
+        send: list[Message] = []
         for visit, grads in done:
             if visit.grads_from is not None:
-                for mine, theirs in zip(grads, self.waiting.pop(visit.owner), strict=True):
-                    mine.add_(theirs)
+                _add(grads, self.waiting.pop(visit.owner))
             assert visit.grads_to is not None
             send.append(Message(visit.grads_to, grads))
         self.parcels = self.plan.hops[number - 1].grads_receive
@@ -83,12 +82,18 @@ class Homeward:
             return
         self.pending.wait()
         self.pending = None
-        for parcel, tensors in zip(self.parcels, self.arriving, strict=True):
-            if parcel.owner != self.plan.rank:
+        while self.arriving:  # emptied, so that what has been added is let go
+            parcel, tensors = self.parcels[-len(self.arriving)], self.arriving.pop(0)
+            if parcel.owner == self.plan.rank:
+                _add(self.own, tensors, parcel.spans)
+            else:
                 self.waiting[parcel.owner] = tensors
-                continue
-            for own, part in zip(self.own, tensors, strict=True):
-                at = 0
-                for a, b in parcel.spans:
-                    own[:, a:b].add_(part[:, at : at + b - a])
-                    at += b - a
+
+
+def _add(totals: Tensors, parts: Tensors, spans: Spans | None = None) -> None:
+    """totals += parts; with spans, the parts are those tokens of the totals."""
+    for total, part in zip(totals, parts, strict=True):
+        at = 0
+        for a, b in spans if spans is not None else ((0, total.shape[1]),):
+            total[:, a:b].add_(part[:, at : at + b - a])
+            at += b - a

@@ -34,6 +34,7 @@ PUBLIC = {
     "RingctxError",
     "Unsupported",
     "decode_attention",
+    "explain",
     "ring_attention",
     "ring_sdpa",
 }
