@@ -109,7 +109,7 @@ class Attention:
         return f"{self.pattern!r}, scores {scores}, sink {sink}, dropout {self.dropout!r}, scale {self.scale!r}"
 
     def __str__(self) -> str:
-        says = lambda s: described(s) if type(s).__str__ is object.__str__ else str(s)
+        says = lambda s: str(s) if _prints(s, "__str__") else described(s)
         parts = [str(self.pattern), *map(says, self.scores)]
         parts += ["sink"] * (self.sink is not None) + [f"dropout {self.dropout}"] * (self.dropout > 0)
         parts += [f"scale {self.scale}"] * (self.scale is not None)
@@ -133,8 +133,12 @@ def described(score: Any) -> str:
     if _has_params(score):
         shapes = ", ".join(f"{tuple(p.shape)} {p.dtype}" for p in score.params())
         return f"{type(score).__qualname__}({shapes})"
-    prints = getattr(type(score), "__repr__", None) is not object.__repr__  # else it prints where it lies in memory
-    return repr(score) if prints else type(score).__qualname__
+    return repr(score) if _prints(score, "__repr__") else type(score).__qualname__
+
+
+def _prints(score: object, method: str) -> bool:
+    """Whether it says what it is; object's own methods print where it lies in memory."""
+    return getattr(type(score), method) is not getattr(object, method)
 
 
 def scale_of(attention: Attention, width: int) -> float:
