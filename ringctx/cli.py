@@ -187,6 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exc()
         sentence = f"This is a bug in ringctx ({type(error).__name__}: {error}). Please report it with the lines above."
         return _leave(End(rank, EXIT_BUG, sentence))
+    finally:
+        if launch.is_rank():  # the end is decided; torch's launcher may still say stop while Python winds down
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _leave(end: End) -> int:

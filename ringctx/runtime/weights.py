@@ -60,8 +60,12 @@ def checkpoint(path: str) -> Path:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{path}-") as work:
                 made = Path(work) / "checkpoint"
                 NAMED[path](made)
-                shutil.rmtree(folder, ignore_errors=True)
-                made.rename(folder)  # all at once: nobody ever sees half a checkpoint
+                try:
+                    made.rename(folder)  # all at once: nobody ever sees half a checkpoint
+                except OSError:
+                    if not is_ready(path):  # something else lies there; a checkpoint made meanwhile may be in use, and stays
+                        shutil.rmtree(folder)
+                        made.rename(folder)
             logger.info("The model is in %s.", folder)
     return folder
 
