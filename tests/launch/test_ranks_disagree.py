@@ -34,6 +34,8 @@ def test_ranks_that_disagree_say_so_and_end_with_2(tmp_path, what, told):
         (tmp_path / f"text{rank}.txt").write_text("In the beginning God created the heaven and the earth. " * times)
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment = kept | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    make = "from ringctx.runtime.weights import checkpoint; checkpoint('random-tiny')"
+    subprocess.run([sys.executable, "-c", make], env=environment, check=True, timeout=120)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "rank.py", what]
     command = [*launcher, "generate", TINY, "--document", "textRANK.txt", "--question", "Who?"]
     began = time.monotonic()
