@@ -24,8 +24,9 @@ from tests.grid import grid, half, long
 from tests.pool import Pool
 from tests.single import single_call
 
-HALF_FACTORS = {"out": 1.15, "dq": 1.1, "dk": 1.0, "dv": 1.0}
-"""How much worse than one call of torch's own kernel in the same dtype an answer in half precision may be."""
+HALF_FACTOR = 2**0.5
+"""How much worse than one call of torch's own kernel in the same dtype an answer in half precision may be: parts are rounded to
+that dtype before they are summed, one rounding more. tests/ranks/test_half_precision.py is stricter, on long causal sequences."""
 
 
 def judge(pool: Pool, case: Case) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def judge(pool: Pool, case: Case) -> dict[str, Any]:
     if case.dtype in TOLERANCE:
         bounds = dict.fromkeys(found, TOLERANCE[case.dtype])
     else:
-        bounds = {name: HALF_FACTORS[name] * error for name, error in single_call(given, reference).items()}
+        bounds = {name: HALF_FACTOR * error for name, error in single_call(given, reference).items()}
         found = {name: found[name] for name in bounds}
     return {"errors": found, "bounds": bounds}
 

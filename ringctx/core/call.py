@@ -18,11 +18,12 @@ from ringctx.core.attention import Attention
 from ringctx.core.choose import TRANSPORTS, Choice, Shape, choose
 from ringctx.core.compute import HeadGroup, Work, head_groups
 from ringctx.core.header import Facts, agree
-from ringctx.core.heads import HeadGroupExchange, Trade, make_trade, shares
+from ringctx.core.heads import HeadGroupExchange, Trade, Traded, make_trade, shares
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
 from ringctx.core.plan import Plan, make_plan
 from ringctx.core.ring import Ring
+from ringctx.core.sums import Sum
 from ringctx.errors import ConfigError, LayoutError, RingctxError
 from ringctx.kernels.base import accumulation_dtype
 
@@ -217,14 +218,10 @@ def _forward(call: Call, route: Route, work: Work, q: Tensor, k: Tensor, v: Tens
         return out, lse, []
     exchange = HeadGroupExchange(call.ring, route.members)
     queries, keys = route.trades
-    q_, k_, v_ = (
-        exchange.to_heads(q, route.q_heads, queries, "queries for heads"),
-        exchange.to_heads(k, route.k_heads, keys, "keys for heads"),
-        exchange.to_heads(v, route.k_heads, keys, "values for heads"),
-    )
+    shared = [Traded(x, route.k_heads, keys) for x in (k, v)]
+    q_, k_, v_ = exchange.to_heads("queries, keys and values for heads", Traded(q, route.q_heads, queries), *shared)
     out_, lse_ = _run_forward(work, route, q_, k_, v_)
-    out = exchange.to_tokens(out_, route.q_heads, q.shape[2], queries, "outputs for tokens")
-    lse = exchange.to_tokens(lse_, route.q_heads, q.shape[2], queries, "lse for tokens")
+    out, lse = exchange.to_tokens("outputs for tokens", *(Traded(x, route.q_heads, queries) for x in (out_, lse_)))
     return out, lse, [q_, k_, v_, out_, lse_] if call.train else []
 
 
@@ -246,50 +243,34 @@ def backward(
     need_param_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """dq, dk, dv with the shapes and dtype of q, k, v = saved[:3], and this rank's share of each param's gradient."""
-    q, k, v = saved[:3]
+    q, k, v, out, lse = saved
     facts = {**call.facts(q, k, v, "backward", seed, batch_offset), "gradient of lse": dlse is not None}
     agree(call.ring, facts)
     with call.ring.unbroken():
-        return _backward(call, dout, dlse, saved, kept, params, seed, batch_offset, need_param_grads)
-
-
-def _backward(
-    call: Call,
-    dout: Tensor,
-    dlse: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    kept: list[Tensor],
-    params: list[Tensor],
-    seed: int,
-    batch_offset: int,
-    need_param_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    q, k, v, out, lse = saved
-    route = call.route(q, k, v)
-    work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset, need_param_grads)
-    if route.trades is None:
-        dq, dk, dv = _run_backward(work, route, dout, dlse, q, k, v, out, lse)
-    else:
-        exchange = HeadGroupExchange(call.ring, route.members)
-        queries, keys = route.trades
-        q_, k_, v_, out_, lse_ = kept
-        dout_ = exchange.to_heads(dout.to(q.dtype), route.q_heads, queries, "gradients for heads")
-        dlse_ = None if dlse is None else exchange.to_heads(dlse, route.q_heads, queries, "gradients of lse for heads")
-        grads = _run_backward(work, route, dout_, dlse_, q_, k_, v_, out_, lse_)
-        narrow = [grads[0].to(q.dtype), *(x if route.shared_keys else x.to(k.dtype) for x in grads[1:])]  # sums travel wide
-        dq = exchange.to_tokens(narrow[0], route.q_heads, q.shape[2], queries, "dq for tokens")
-        dk = exchange.to_tokens(narrow[1], route.k_heads, k.shape[2], keys, "dk for tokens")
-        dv = exchange.to_tokens(narrow[2], route.k_heads, k.shape[2], keys, "dv for tokens")
-        out, lse, dout, dlse = out_, lse_, dout_, dlse_
-    if need_param_grads and call.attention.sink is not None and route.groups:
-        work.sink_grad(dout, out, lse, dlse)
-    grads_of_params = [g.to(p.dtype) for g, p in zip(work.param_grads, params, strict=True)] if need_param_grads else []
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), grads_of_params
+        route = call.route(q, k, v)
+        work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset, need_param_grads)
+        if route.trades is None:
+            dq, dk, dv = (x.narrow() for x in _run_backward(work, route, dout, dlse, q, k, v, out, lse))
+        else:
+            exchange = HeadGroupExchange(call.ring, route.members)
+            queries, keys = route.trades
+            q_, k_, v_, out_, lse_ = kept
+            slopes = [dout.to(q.dtype)] if dlse is None else [dout.to(q.dtype), dlse]
+            dout_, *more = exchange.to_heads("gradients for heads", *(Traded(x, route.q_heads, queries) for x in slopes))
+            dlse_ = more[0] if more else None
+            grads = _run_backward(work, route, dout_, dlse_, q_, k_, v_, out_, lse_)
+            shared = [Traded(x.wide() if route.shared_keys else x.narrow(), route.k_heads, keys) for x in grads[1:]]  # sums travel wide
+            dq, dk, dv = exchange.to_tokens("dq, dk and dv for tokens", Traded(grads[0].narrow(), route.q_heads, queries), *shared)
+            out, lse, dout, dlse = out_, lse_, dout_, dlse_
+        if need_param_grads and call.attention.sink is not None and route.groups:
+            work.sink_grad(dout, out, lse, dlse)
+        grads_of_params = [g.to(p.dtype) for g, p in zip(work.param_grads, params, strict=True)] if need_param_grads else []
+        return dq, dk.to(k.dtype), dv.to(v.dtype), grads_of_params
 
 
 def _run_backward(
     work: Work, route: Route, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Sum, Sum, Sum]:
     if isinstance(route.plan, pass_q.QueryPlan):
         return pass_q.backward(work, route.plan, route.inner, route.layout, route.key_layout, dout, dlse, q, k, v, out, lse)
     return loop.backward(work, route.plan, route.inner, route.layout.spans[route.plan.rank], dout, dlse, q, k, v, out, lse)

@@ -18,8 +18,13 @@ from ringctx.core.attention import Attention, scale_of
 from ringctx.core.layout import Ranges, indices_of
 from ringctx.core.partial import Partial
 from ringctx.core.pattern import CAUSAL, PARTIAL, Pattern
+from ringctx.core.sums import Sum
 from ringctx.core.tiles import Tile, pieces
 from ringctx.kernels.base import Call, Kernel, TileScores, accumulation_dtype
+
+FEW_PAIRS = 64 * 64
+"""Backward of an fp32 tile with so few query-key pairs is computed in fp64: where a row sees one key its true dq and dk are 0,
+the difference of two equal numbers, and no longer row is there to drown what fp32 leaves of it. Costs nothing that can be measured."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +66,6 @@ def pick(x: Tensor, heads: tuple[int, ...], dim: int = 2) -> Tensor:
     if heads == tuple(range(heads[0], heads[0] + len(heads))):
         return x.narrow(dim, heads[0], len(heads))
     return x.index_select(dim, torch.tensor(heads, device=x.device))
-
-
-def add_heads_(x: Tensor, heads: tuple[int, ...], part: Tensor, dim: int = 2) -> None:
-    """x[heads] += part, in x's dtype."""
-    if heads == tuple(range(heads[0], heads[0] + len(heads))):
-        x.narrow(dim, heads[0], len(heads)).add_(part)
-    else:
-        x.index_add_(dim, torch.tensor(heads, device=x.device), part.to(x.dtype))
 
 
 @dataclass
@@ -128,7 +125,7 @@ class Work:
 
     def backward(
         self,
-        grads: tuple[Tensor, Tensor, Tensor],
+        grads: tuple[Sum, Sum, Sum],
         tiles: Sequence[tuple[Tile, ...]],
         rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
         queries: Ranges,
@@ -136,7 +133,7 @@ class Work:
         v: Tensor,
         keys: Ranges,
     ) -> None:
-        """Add to grads = dq (b s h d), dk (b n g d), dv (b n g e), all in the accumulation dtype.
+        """Add to grads = dq (b s h d), dk (b n g d), dv (b n g e).
 
         rows: dout and q, then out in q's dtype, lse (0 where a row sees nothing), and dlse or None; whole rows' values.
         """
@@ -151,10 +148,13 @@ class Work:
                 _, a, b, c, d = tile
                 kernel, scores = self._tile(group, tile, q, k_, v_, queries, keys, backward=True)
                 more = None if dlse is None else dlse[:, a:b]
-                parts = kernel.backward(dout[:, a:b], q[:, a:b], k_[:, c:d], v_[:, c:d], out[:, a:b], lse[:, a:b], scores, more)
-                add_heads_(dq[:, a:b], group.rows, parts[0])
-                add_heads_(dk[:, c:d], group.keys, parts[1])
-                add_heads_(dv[:, c:d], group.keys, parts[2])
+                tensors = (dout[:, a:b], q[:, a:b], k_[:, c:d], v_[:, c:d], out[:, a:b], lse[:, a:b])
+                if q.dtype == torch.float32 and q.device.type == "cpu" and (b - a) * (d - c) <= FEW_PAIRS:
+                    tensors = tuple(x.double() for x in tensors)
+                parts = kernel.backward(*tensors, scores, more)
+                dq.add(parts[0], (a, b), group.rows)
+                dk.add(parts[1], (c, d), group.keys)
+                dv.add(parts[2], (c, d), group.keys)
 
     def sink_grad(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
         """The sink takes exp(sink - lse) of each row's weight and gives no value: dsink = sum of p (dlse - dout.out)."""

@@ -8,6 +8,7 @@ Letters: b batch, s tokens on this rank, m tokens of the whole group, h query he
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ringctx.core.layout import Layout, Ranges, indices_of, ranges_of
-from ringctx.core.ring import Message, Ring
+from ringctx.core.ring import Message, Pending, Ring
+
+MOST_RUNS = 16  # copied one by one; beyond it, an index is faster
 
 
 @dataclass(frozen=True)
@@ -61,52 +64,93 @@ def shares(num_heads: int, num_key_heads: int, members: int) -> tuple[tuple[rang
     return q, tuple(range(x[0] // ratio, x[-1] // ratio + 1) if x else range(0) for x in q)
 
 
+@dataclass(frozen=True)
+class Traded:
+    """A tensor to trade: (b s h .) with all heads, or (b m h' .) with one member's; heads has every member's share."""
+
+    x: Tensor
+    heads: tuple[range, ...]
+    trade: Trade
+
+
 class HeadGroupExchange:
-    """The all-to-all inside this rank's head group, both ways."""
+    """The all-to-all inside this rank's head group, both ways. Tensors traded together share one wait."""
 
     def __init__(self, ring: Ring, members: int) -> None:
         self.ring, self.members = ring, members
         self.first = ring.rank // members * members
         self.me = ring.rank - self.first
+        self.others = [(self.me + n) % members for n in range(1, members)]
 
-    def to_heads(self, x: Tensor, heads: tuple[range, ...], trade: Trade, what: str) -> Tensor:
-        """x (b s h .) of all heads -> (b m h' .), the group's tokens in ascending order, of this member's heads."""
-        b, tail, mine = x.shape[0], x.shape[3:], heads[self.me]
-        part = lambda m: x[:, :, heads[m].start : heads[m].stop].contiguous()
-        blocks = [part(self.me) if m == self.me else x.new_empty(b, trade.counts[m], len(mine), *tail) for m in range(self.members)]
-        self._trade(what, {m: blocks[m] for m in self._others()}, {m: part(m) for m in self._others()})
-        if self.members == 1:
-            return blocks[0]
-        whole = x.new_empty(b, sum(trade.counts), len(mine), *tail)
-        for block, runs in zip(blocks, trade.places, strict=True):
-            _lay(whole, block, runs)
-        return whole
+    def to_heads(self, what: str, *items: Traded) -> list[Tensor]:
+        """Each x (b s h .) of all heads -> (b m h' .), the group's tokens in ascending order, of this member's heads."""
+        part = lambda item, m: item.x[:, :, item.heads[m].start : item.heads[m].stop]
+        come = {m: Packed([_shape(item, item.trade.counts[m], self.me) for item in items]) for m in self.others}
+        leave = {m: Packed([_shape(item, item.x.shape[1], m) for item in items]) for m in self.others}
+        for m, packed in leave.items():
+            for view, item in zip(packed.views, items, strict=True):
+                view.copy_(part(item, m))
+        pending = self._trade(what, come, leave)
+        wholes = [item.x.new_empty(_shape(item, sum(item.trade.counts), self.me)[0]) for item in items]
+        for whole, item in zip(wholes, items, strict=True):
+            _lay(whole, part(item, self.me), item.trade.places[self.me])
+        pending.wait()
+        for m, packed in come.items():
+            for whole, item, block in zip(wholes, items, packed.views, strict=True):
+                _lay(whole, block, item.trade.places[m])
+        return wholes
 
-    def to_tokens(self, x: Tensor, heads: tuple[range, ...], num_heads: int, trade: Trade, what: str) -> Tensor:
-        """x (b m h' .) of this member's heads -> (b s h .) of all heads; heads that several members had are summed."""
-        b, tail, mine = x.shape[0], x.shape[3:], trade.counts[self.me]
-        blocks = [x.new_empty(b, mine, len(heads[m]), *tail) for m in range(self.members)]
-        parts = {m: _pick_up(x, trade.places[m], trade.counts[m]) for m in range(self.members)}
-        blocks[self.me] = parts.pop(self.me)
-        self._trade(what, {m: blocks[m] for m in self._others()}, parts)
-        if sum(map(len, heads)) == num_heads:
-            return torch.cat(blocks, 2)
-        whole = x.new_zeros(b, mine, num_heads, *tail)
-        for block, some in zip(blocks, heads, strict=True):
-            whole[:, :, some.start : some.stop] += block
-        return whole
+    def to_tokens(self, what: str, *items: Traded) -> list[Tensor]:
+        """Each x (b m h' .) of this member's heads -> (b s h .) of all heads; heads that several members had are summed."""
+        come = {m: Packed([_shape(item, item.trade.counts[self.me], m) for item in items]) for m in self.others}
+        leave = {m: Packed([_shape(item, item.trade.counts[m], self.me) for item in items]) for m in self.others}
+        for m, packed in leave.items():
+            for view, item in zip(packed.views, items, strict=True):
+                _pick_up(item.x, item.trade.places[m], view)
+        pending = self._trade(what, come, leave)
+        own = [item.x.new_empty(_shape(item, item.trade.counts[self.me], self.me)[0]) for item in items]
+        for view, item in zip(own, items, strict=True):
+            _pick_up(item.x, item.trade.places[self.me], view)
+        pending.wait()
+        blocks = [own if m == self.me else come[m].views for m in range(self.members)]
+        return [_join(item.heads, [some[n] for some in blocks]) for n, item in enumerate(items)]
 
-    def _others(self) -> list[int]:
-        return [(self.me + n) % self.members for n in range(1, self.members)]
+    def _trade(self, what: str, come: dict[int, Packed], leave: dict[int, Packed]) -> Pending:
+        messages = lambda parts: [Message(self.first + m, (packed.bytes,)) for m, packed in parts.items()]
+        return self.ring.exchange("heads", what, messages(come), messages(leave))
 
-    def _trade(self, what: str, receive: dict[int, Tensor], send: dict[int, Tensor]) -> None:
-        messages = lambda parts: [Message(self.first + m, (t,)) for m, t in parts.items() if t.numel()]
-        self.ring.exchange("heads", what, messages(receive), messages(send)).wait()
+
+class Packed:
+    """Fresh memory for several tensors that travel as one message: every message costs two threads a wake-up."""
+
+    def __init__(self, shapes: list[tuple[tuple[int, ...], torch.dtype, torch.device]]) -> None:
+        widest_first = sorted(range(len(shapes)), key=lambda n: -shapes[n][1].itemsize)  # so that each begins aligned
+        sizes = [math.prod(shapes[n][0]) * shapes[n][1].itemsize for n in widest_first]
+        self.bytes = torch.empty(sum(sizes), dtype=torch.uint8, device=shapes[0][2])
+        parts = dict(zip(widest_first, self.bytes.split(sizes), strict=True))
+        self.views = [parts[n].view(dtype).view(shape) for n, (shape, dtype, _) in enumerate(shapes)]
+
+
+def _shape(item: Traded, tokens: int, member: int) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
+    """Of so many tokens with one member's heads."""
+    x = item.x
+    return (x.shape[0], tokens, len(item.heads[member]), *x.shape[3:]), x.dtype, x.device
+
+
+def _join(heads: tuple[range, ...], blocks: list[Tensor]) -> Tensor:
+    """All heads (b s h .) from every member's (b s h' .)."""
+    num_heads = heads[-1].stop  # the last member always has some
+    if sum(map(len, heads)) == num_heads:
+        return torch.cat(blocks, 2)
+    whole = blocks[0].new_zeros(*blocks[0].shape[:2], num_heads, *blocks[0].shape[3:])
+    for block, some in zip(blocks, heads, strict=True):
+        whole[:, :, some.start : some.stop] += block
+    return whole
 
 
 def _lay(whole: Tensor, block: Tensor, runs: Ranges) -> None:
     """whole[:, places] = block."""
-    if len(runs) > 16:
+    if len(runs) > MOST_RUNS:
         whole.index_copy_(1, indices_of(runs, whole.device), block)
         return
     at = 0
@@ -115,9 +159,12 @@ def _lay(whole: Tensor, block: Tensor, runs: Ranges) -> None:
         at += len(run)
 
 
-def _pick_up(whole: Tensor, runs: Ranges, tokens: int) -> Tensor:
-    """whole[:, places], contiguous."""
-    if len(runs) > 16:
-        return whole.index_select(1, indices_of(runs, whole.device))
-    parts = [whole[:, run.start : run.stop : run.step] for run in runs]
-    return torch.cat(parts, 1) if parts else whole.new_empty(whole.shape[0], tokens, *whole.shape[2:])
+def _pick_up(whole: Tensor, runs: Ranges, block: Tensor) -> None:
+    """block = whole[:, places]."""
+    if len(runs) > MOST_RUNS:
+        block.copy_(whole.index_select(1, indices_of(runs, whole.device)))
+        return
+    at = 0
+    for run in runs:
+        block[:, at : at + len(run)] = whole[:, run.start : run.stop : run.step]
+        at += len(run)

@@ -14,9 +14,9 @@ from ringctx.core.compute import Work
 from ringctx.core.layout import Ranges
 from ringctx.core.plan import Plan, Visit
 from ringctx.core.ring import Ring
+from ringctx.core.sums import Sum
 from ringctx.core.tiles import Tile, area
 from ringctx.core.transport import Homeward, visits
-from ringctx.kernels.base import accumulation_dtype
 
 
 def forward(work: Work, plan: Plan, ring: Ring, queries: Ranges, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,13 +42,13 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (b s h d), dk (b n g d), dv (b n g e) in the accumulation dtype; the params' gradients are left in work.
+) -> tuple[Sum, Sum, Sum]:
+    """dq (b s h d), dk (b n g d), dv (b n g e) as sums; the params' gradients are left in work.
 
     Home tiles are computed in two halves, so that the first keys and the last gradients travel under work.
     """
     rows = (dout.to(q.dtype), q, out, lse.masked_fill(lse == -torch.inf, 0.0), dlse)
-    dq, dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(q.dtype), memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = Sum(q), Sum(k), Sum(v)
     first, second = halves(plan.home) if plan.hops else (plan.home.tiles, None)
     homeward = Homeward(plan, ring, (dk, dv))
     for number, present in visits(plan, ring, (k, v)):
@@ -58,8 +58,8 @@ def backward(
         done = []
         while present:
             visit, block = present.pop(0)
-            grads = tuple(torch.zeros_like(x, dtype=dk.dtype) for x in block)
-            work.backward((dq, grads[0], grads[1]), visit.tiles, rows, queries, block[0], block[1], visit.ranges)
+            grads = Sum(block[0]), Sum(block[1])
+            work.backward((dq, *grads), visit.tiles, rows, queries, block[0], block[1], visit.ranges)
             done.append((visit, grads))
             del block
         homeward.hop(number, done)

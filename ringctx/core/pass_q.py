@@ -6,6 +6,7 @@ Letters: b batch, s query tokens, h query heads, e value width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +18,7 @@ from ringctx.core.layout import Layout
 from ringctx.core.partial import Partial
 from ringctx.core.pattern import Pattern
 from ringctx.core.ring import Message, Ring
+from ringctx.core.sums import Sum
 from ringctx.core.tiles import Tile, area, tiles
 from ringctx.kernels.base import accumulation_dtype
 
@@ -94,7 +96,7 @@ def forward(
     """out (b s h e) in q's dtype and lse (b s h) for this rank's queries over all keys of the ring."""
     keys, e = key_layout.spans[plan.rank], v.shape[3]
     totals = work.empty(q, e)
-    returns = _Returns(plan, ring, [x for t in totals for x in (t.out, t.lse)])
+    returns = _Returns(plan, ring, lambda: [torch.empty_like(x) for t in totals for x in (t.out, t.lse)])
     for number, (guest, tensors) in enumerate(_rounds(plan, ring, layout, (q.contiguous(),))):
         if number == 0:
             work.forward(totals, plan.home, q, layout.spans[plan.rank], k, v, keys)
@@ -129,23 +131,23 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (b s h d), dk (b n g d), dv (b n g e) in the accumulation dtype; keys and their gradients stay where they are."""
+) -> tuple[Sum, Sum, Sum]:
+    """dq (b s h d), dk (b n g d), dv (b n g e) as sums; keys and their gradients stay where they are."""
     wide = accumulation_dtype(q.dtype)
     keys = key_layout.spans[plan.rank]
-    dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = Sum(q), Sum(k), Sum(v)
     slope = torch.zeros_like(lse) if dlse is None else dlse.to(wide)  # all ranks must send the same tensors
     mine = tuple(x.contiguous() for x in (dout.to(q.dtype), q, out, lse.masked_fill(lse == -torch.inf, 0.0), slope))
-    returns = _Returns(plan, ring, [dq])
+    returns = _Returns(plan, ring, lambda: [dq.room(q.shape[1])])
     for number, (guest, tensors) in enumerate(_rounds(plan, ring, layout, mine)):
         if number == 0:
             work.backward((dq, dk, dv), plan.home, (mine[0], mine[1], mine[2], mine[3], dlse), layout.spans[plan.rank], k, v, keys)
             continue
         answer: list[Tensor] = []
         if guest:
-            answer = [torch.zeros_like(tensors[1], dtype=wide)]
+            theirs = Sum(tensors[1])
             work.backward(
-                (answer[0], dk, dv),
+                (theirs, dk, dv),
                 guest[1],
                 (tensors[0], tensors[1], tensors[2], tensors[3], tensors[4]),
                 layout.spans[guest[0]],
@@ -153,25 +155,26 @@ def backward(
                 v,
                 keys,
             )
+            answer = [theirs.wide()]
         for came in returns.hop(number, answer):
-            dq.add_(came[0])
+            dq.add(came[0])
     for came in returns.finish():
-        dq.add_(came[0])
+        dq.add(came[0])
     return dq, dk, dv
 
 
 class _Returns:
     """What hosts computed for guests, on its way back."""
 
-    def __init__(self, plan: QueryPlan, ring: Ring, like: list[Tensor]) -> None:
-        self.plan, self.ring, self.like = plan, ring, like
+    def __init__(self, plan: QueryPlan, ring: Ring, room: Callable[[], list[Tensor]]) -> None:
+        self.plan, self.ring, self.room = plan, ring, room
         self.pending, self.came = ring.exchange("partials", "nothing"), list[Tensor]()
 
     def hop(self, number: int, answer: list[Tensor]) -> list[list[Tensor]]:
         """Send this hop's answer to its guest, and hand over what came back of the hop before."""
         before = self.finish()
         guest, host = self.plan.guests[number - 1], self.plan.hosts[number - 1]
-        self.came = [torch.empty_like(x) for x in self.like] if host is not None else []
+        self.came = self.room() if host is not None else []
         receive = [Message(host, tuple(self.came))] if host is not None else []
         send = [Message(guest[0], tuple(answer))] if guest else []
         self.pending = self.ring.exchange("partials", f"partials at hop {number}", receive, send, grads=True)

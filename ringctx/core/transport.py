@@ -6,16 +6,18 @@ between them is in the plan. Letters: b batch, n tokens, g key heads, d key widt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ringctx.core.plan import Hop, Parcel, Plan, Visit
 from ringctx.core.ring import Message, Pending, Ring
+from ringctx.core.sums import Sum
 from ringctx.core.tiles import Spans, width
 
 Tensors = tuple[Tensor, ...]
+Sums = tuple[Sum, ...]
 
 
 def cut(tensors: Tensors, spans: Spans) -> Tensors:
@@ -55,14 +57,14 @@ def _post(plan: Plan, ring: Ring, number: int, own: Tensors, held: dict[int, Ten
 class Homeward:
     """Gradients of visiting keys: each joins those that arrived for the same block, and goes on as the plan says."""
 
-    def __init__(self, plan: Plan, ring: Ring, own: Tensors) -> None:
+    def __init__(self, plan: Plan, ring: Ring, own: Sums) -> None:
         self.plan, self.ring, self.own = plan, ring, own
         self.waiting: dict[int, Tensors] = {}
         self.parcels: tuple[Parcel, ...] = ()
         self.arriving: list[Tensors] = []
         self.pending: Pending | None = None
 
-    def hop(self, number: int, done: list[tuple[Visit, Tensors]]) -> None:
+    def hop(self, number: int, done: Sequence[tuple[Visit, Sums]]) -> None:
         """After hop `number` is computed: take in what came of the hop before, send this hop's gradients on."""
         self.finish()
         send: list[Message] = []
@@ -70,9 +72,9 @@ class Homeward:
             if visit.grads_from is not None:
                 _add(grads, self.waiting.pop(visit.owner))
             assert visit.grads_to is not None
-            send.append(Message(visit.grads_to, grads))
+            send.append(Message(visit.grads_to, tuple(g.wide() for g in grads)))
         self.parcels = self.plan.hops[number - 1].grads_receive
-        self.arriving = [room(self.own, width(p.spans)) for p in self.parcels]
+        self.arriving = [tuple(total.room(width(p.spans)) for total in self.own) for p in self.parcels]
         receive = [Message(p.peer, t) for p, t in zip(self.parcels, self.arriving, strict=True)]
         self.pending = self.ring.exchange("grads", f"gradients at hop {number}", receive, send, grads=True)
 
@@ -90,10 +92,13 @@ class Homeward:
                 self.waiting[parcel.owner] = tensors
 
 
-def _add(totals: Tensors, parts: Tensors, spans: Spans | None = None) -> None:
+def _add(totals: Sums, parts: Tensors, spans: Spans | None = None) -> None:
     """totals += parts; with spans, the parts are those tokens of the totals."""
     for total, part in zip(totals, parts, strict=True):
+        if spans is None:
+            total.add(part)
+            continue
         at = 0
-        for a, b in spans if spans is not None else ((0, total.shape[1]),):
-            total[:, a:b].add_(part[:, at : at + b - a])
+        for a, b in spans:
+            total.add(part[:, at : at + b - a], (a, b))
             at += b - a

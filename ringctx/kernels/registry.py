@@ -14,12 +14,12 @@ from ringctx.kernels.base import Call, Kernel
 from ringctx.kernels.flash import Flash
 from ringctx.kernels.flex import Flex
 from ringctx.kernels.reference import Reference
-from ringctx.kernels.sdpa import PRECISE_ROWS, Sdpa
+from ringctx.kernels.sdpa import Sdpa
 
 REGISTRY: tuple[Kernel, ...] = (Flash(), Sdpa(), Flex(), Reference())
 """Kernels that "auto" tries, best first."""
 
-BY_NAME_ONLY: tuple[Kernel, ...] = (Sdpa("precise", rows=PRECISE_ROWS),)
+BY_NAME_ONLY: tuple[Kernel, ...] = (Sdpa("precise", precise=True),)
 """Kernels that must be asked for."""
 
 log = logging.getLogger("ringctx.kernels")

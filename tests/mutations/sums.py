@@ -39,9 +39,9 @@ SUMS = (
     ),
     Mutation(
         "bf16_sums",
-        CORE + "loop.py",
-        "torch.zeros_like(x, dtype=accumulation_dtype(q.dtype), memory_format",
-        "torch.zeros_like(x, memory_format",
+        CORE + "sums.py",
+        "self._value.to(accumulation_dtype(self.dtype))",
+        "self._value.to(self.dtype)",
         "gradients are summed and sent in the model's dtype",
         promise("test_bf16_sums_are_kept_and_travel_in_fp32"),
     ),

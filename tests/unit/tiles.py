@@ -12,7 +12,7 @@ from ringctx.kernels.reference import Reference
 from ringctx.kernels.sdpa import Sdpa
 
 SDPA, REFERENCE = Sdpa(), Reference()
-KERNELS = {"sdpa": SDPA, "reference": REFERENCE, "precise": Sdpa("precise", rows=16)}
+KERNELS = {"sdpa": SDPA, "reference": REFERENCE, "precise": Sdpa("precise", precise=True)}
 
 
 class Cap:
