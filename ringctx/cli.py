@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -151,14 +151,25 @@ def _launch(num_ranks: int, config: Config, typed: Typed) -> int:
 @contextmanager
 def _ring(config: Config, ranks: int | None, level: str) -> Iterator[Ring]:
     """The ring of this process, alone or with the ranks that a launcher started."""
-    from ringctx.core.ring import Ring
+    from ringctx.core.ring import Ring, job_store
+    from ringctx.runtime import pulse
 
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if launch.is_rank() and ranks is not None and ranks != size:
         raise ConfigError(f"--ranks {ranks} was given, but torchrun started {size} ranks; leave --ranks out under torchrun.")
     logs.install(int(os.environ.get("RANK", "0")), size, level=level)
     with Ring.from_env(timeout=config.ring.timeout, strict=config.ring.strict) as ring:
-        yield ring
+        beating = pulse.watch(job_store("pulse"), ring.rank, ring.size, _lose) if ring.size > 1 else nullcontext()
+        with beating:
+            yield ring
+
+
+def _lose(sentence: str) -> None:
+    """End this rank from the thread that listens: the main one waits for a rank that will not answer."""
+    rank = int(os.environ["RANK"])
+    code = _leave(End(rank, RankLost.exit_code, sentence))
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _Stopped(RankLost):

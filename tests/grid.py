@@ -29,13 +29,7 @@ RARE: dict[Any, float] = {1001: 0.5, 1002: 0.5, (128, 32): 0.6, (128, 128): 0.5,
 
 
 def possible(row: Mapping[str, Any]) -> bool:
-    """Whether a ring of this size can be folded so, and the dtype can be judged.
-
-    One or two tokens with a sink or dropout run in fp64: their gradients are small differences with `out`, which is kept in
-    the dtype of q, and no longer row is there to drown its rounding (2e-5 of the smallest norm that errors are relative to).
-    """
-    if row["dtype"] == "fp32" and row["length"] < 7 and row["scores"] in ("sink", "dropout", "all"):
-        return False
+    """Whether a ring of this size can be folded so."""
     fold = ROUTES[row["route"]][1]
     return row["size"] % (fold.heads * fold.nodes) == 0
 

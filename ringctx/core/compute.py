@@ -22,9 +22,12 @@ from ringctx.core.sums import Sum
 from ringctx.core.tiles import Tile, pieces
 from ringctx.kernels.base import Call, Kernel, TileScores, accumulation_dtype
 
-FEW_PAIRS = 64 * 64
-"""Backward of an fp32 tile with so few query-key pairs is computed in fp64: where a row sees one key its true dq and dk are 0,
-the difference of two equal numbers, and no longer row is there to drown what fp32 leaves of it. Costs nothing that can be measured."""
+FEW_PAIRS = 16 * 16
+"""Backward of an fp32 or fp64 tile with so few query-key pairs is always the reference kernel's, which is exact where a row sees
+one key: there the true dq and dk are 0, and no longer row is there to drown what a fused kernel leaves of them."""
+
+
+SINK_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -148,23 +151,27 @@ class Work:
                 _, a, b, c, d = tile
                 kernel, scores = self._tile(group, tile, q, k_, v_, queries, keys, backward=True)
                 more = None if dlse is None else dlse[:, a:b]
-                tensors = (dout[:, a:b], q[:, a:b], k_[:, c:d], v_[:, c:d], out[:, a:b], lse[:, a:b])
-                if q.dtype == torch.float32 and q.device.type == "cpu" and (b - a) * (d - c) <= FEW_PAIRS:
-                    tensors = tuple(x.double() for x in tensors)
-                parts = kernel.backward(*tensors, scores, more)
+                tensors = (q[:, a:b], k_[:, c:d], v_[:, c:d], out[:, a:b], lse[:, a:b])
+                parts = kernel.backward(dout[:, a:b], *tensors, scores, more)
                 dq.add(parts[0], (a, b), group.rows)
                 dk.add(parts[1], (c, d), group.keys)
                 dv.add(parts[2], (c, d), group.keys)
 
     def sink_grad(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
-        """The sink takes exp(sink - lse) of each row's weight and gives no value: dsink = sum of p (dlse - dout.out)."""
+        """The sink takes exp(sink - lse) of each row's weight and gives no value: dsink = sum of p (dlse - dout.out).
+
+        All rows pull on one number, this way and that, so it is summed in fp64, some rows at a time.
+        """
         heads = torch.tensor([h for g in self.groups for h in g.heads], device=out.device)
         rows = torch.tensor([r for g in self.groups for r in g.rows], device=out.device)
-        wide = accumulation_dtype(out.dtype)
-        weight = torch.exp(self.params[0].to(wide)[heads] - lse[:, :, rows])
-        slope = -(dout.to(wide) * out.to(wide)).sum(-1)[:, :, rows]
-        slope = slope if dlse is None else slope + dlse[:, :, rows]
-        self.param_grads[0].index_add_(0, heads, (weight * slope).sum((0, 1)))
+        total = torch.zeros(len(heads), dtype=torch.float64, device=out.device)
+        for a in range(0, out.shape[1], SINK_ROWS):
+            dout_, out_, lse_ = (x[:, a : a + SINK_ROWS].double() for x in (dout, out, lse))
+            slope = -(dout_ * out_).sum(-1)
+            slope = slope if dlse is None else slope + dlse[:, a : a + SINK_ROWS]
+            weight = torch.exp(self.params[0].double()[heads] - lse_[:, :, rows])
+            total += (weight * slope[:, :, rows]).sum((0, 1))
+        self.param_grads[0].index_add_(0, heads, total.to(self.param_grads[0].dtype))
 
     def _pieces(self, rows: Sequence[Tile]) -> Sequence[Tile]:
         """The tiles, cut small where each builds a tensor of its own size (a bias, a dropout mask)."""
@@ -173,8 +180,8 @@ class Work:
 
     # -- one tile ---------------------------------------------------------------------------------------------------
 
-    def choose(self, verdict: int, q: Tensor, h: int, g: int, e: int, backward: bool) -> Kernel:
-        """The kernel for tiles of this verdict with h query and g key heads; raises Unsupported with every reason."""
+    def choose(self, verdict: int, q: Tensor, h: int, g: int, e: int, backward: bool, few: bool = False) -> Kernel:
+        """The kernel for tiles of this verdict with h query and g key heads, and few pairs or not; raises Unsupported with every reason."""
         attention = self.attention
         call = Call(
             device=q.device.type,
@@ -191,7 +198,7 @@ class Work:
             dropout=attention.dropout > 0,
             backward=backward,
         )
-        return kernels.choose(call, self.kernel)
+        return kernels.choose(call, "reference" if few else self.kernel)
 
     def check(self, tiles: Iterable[Sequence[tuple[Tile, ...]]], q: Tensor, e: int, backward: bool) -> None:
         """Raise Unsupported before anything moves, if some tile would find no kernel."""
@@ -218,7 +225,8 @@ class Work:
             bias_grad=(lambda dbias: self._bias_grad(dbias, heads, *where())) if grad else None,
             keep=(lambda: self._keep(q.shape[0], heads, *where())) if attention.dropout > 0 else None,
         )
-        return self.choose(verdict, q, q.shape[2], k.shape[2], v.shape[3], backward), scores
+        few = backward and q.dtype.itemsize >= 4 and (b - a) * (d - c) <= FEW_PAIRS
+        return self.choose(verdict, q, q.shape[2], k.shape[2], v.shape[3], backward, few), scores
 
     def _score_params(self) -> list[tuple[int, tuple[Tensor, ...]]]:
         at, found = int(self.attention.sink is not None), []

@@ -261,17 +261,22 @@ class Ring:
 
 
 def _init_world(timeout: float) -> None:
-    """Join torchrun's ranks. The store's prefix holds the attempt's number, so a restarted worker cannot read old addresses."""
+    """Join torchrun's ranks."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if use_cuda:
         torch.cuda.set_device(local)
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
-        store=dist.PrefixStore(f"ringctx-attempt-{attempt}", store),
+        store=job_store("ringctx"),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=max(timeout, 30.0)),
     )
+
+
+def job_store(name: str) -> dist.Store:
+    """A client of torchrun's store. Its prefix holds the attempt's number, so a restarted worker reads nothing old."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"{name}-attempt-{attempt}", store)

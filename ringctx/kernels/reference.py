@@ -19,6 +19,7 @@ from ringctx.kernels.tricks import is_empty, no_gradient, nothing_seen, require_
 
 CHUNK_ROWS = 256
 CHUNK_LOGITS = 1 << 24  # 64 MiB in fp32
+FEW_PRODUCTS = 1 << 18
 
 
 class Reference:
@@ -66,12 +67,10 @@ class Reference:
     def _backward(
         self, tile: _Tile, dout: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """methods.md 0.1: P = exp(A - lse), dP = keep (dout.v), dA = P (dP - dout.out + dlse)."""
+        """P = exp(A - lse), dP = keep (dout.v), dA = P (dP - dout.out + dlse): FlashAttention-2 (Dao 2023), section 3.1.2."""
         values = v.to(tile.dtype).transpose(1, 2)
         dout = dout.to(tile.dtype)
-        row = (dout * out.to(tile.dtype)).sum(-1)
-        if dlse is not None:
-            row = row - dlse.to(tile.dtype)
+        out = out.to(tile.dtype)
         lse = rows_of_lse(lse.to(tile.dtype))
         dq, dk, dv = torch.empty_like(tile.q), torch.zeros_like(tile.k), torch.zeros_like(values)
         biased = tile.whole_gradient()
@@ -79,13 +78,12 @@ class Reference:
             logits, slope = tile.logits(rows, with_slope=True)
             p = (logits - _column(lse[:, rows])).exp_()
             grad_rows = tile.group(dout[:, rows].transpose(1, 2))
-            da = tile.ungroup_heads(grad_rows @ values.mT)  # dP before keep
-            kept = p
-            if tile.keep is not None:
-                keep = tile.keep[:, :, rows]
-                da, kept = da * keep, p * keep
-            dv += tile.group(kept).mT @ grad_rows
-            da = (da - _column(row[:, rows])).mul_(p)
+            keep = None if tile.keep is None else tile.keep[:, :, rows]
+            dv += tile.group(p if keep is None else p * keep).mT @ grad_rows
+            da = tile.centred(rows, dout, values, out, keep)
+            if dlse is not None:
+                da = da + _column(dlse[:, rows].to(tile.dtype))
+            da = da * p
             if biased is not None:
                 biased[:, :, rows] = da
             if slope is not None:
@@ -132,6 +130,21 @@ class _Tile:
         if self.mask is not None:
             logits = logits.masked_fill(~self.mask[:, :, rows], -math.inf)
         return logits, reduce(torch.mul, slopes) if slopes else None
+
+    def centred(self, rows: slice, dout: Tensor, values: Tensor, out: Tensor, keep: Tensor | None) -> Tensor:
+        """keep dout.v - dout.out of these rows (b h c k).
+
+        In a small tile as dout.(keep v - out): exactly 0 where a row sees one key, so that no rounding stands in for its
+        true gradient, which is 0.
+        """
+        b, h, _, num_keys = self.shape
+        grad, own = dout[:, rows].transpose(1, 2), out[:, rows].transpose(1, 2)
+        if grad.numel() * num_keys <= FEW_PRODUCTS:
+            each = values.repeat_interleave(h // values.shape[1], 1).unsqueeze(2)  # (b h 1 k e)
+            each = each if keep is None else each * keep.unsqueeze(-1)
+            return ((each - own.unsqueeze(3)) * grad.unsqueeze(3)).sum(-1)
+        dp = self.ungroup_heads(self.group(grad) @ values.mT)
+        return (dp if keep is None else dp * keep) - (grad * own).sum(-1, keepdim=True)
 
     def whole_gradient(self) -> Tensor | None:
         """Room for the gradient of the biased logits (b h q k), if somebody asked for it."""

@@ -86,8 +86,19 @@ def smollm2(folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     tokenizer.backend_tokenizer.pre_tokenizer = _smollm_splits()
-    model.save_pretrained(folder)
+    _save(model, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _save(model: Any, folder: Path) -> None:
+    """What save_pretrained writes; that writes nothing on ranks other than 0, and any rank may be the one that makes it."""
+    from safetensors.torch import save_model
+
+    folder.mkdir()
+    model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def _smollm_splits() -> Any:
@@ -140,7 +151,7 @@ def random_tiny(folder: Path) -> None:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        _save(LlamaForCausalLM(config), folder)
     fast.save_pretrained(folder)
 
 

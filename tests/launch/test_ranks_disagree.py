@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,10 @@ rank = os.environ["RANK"]
 arguments = [a.replace("RANK", rank) for a in sys.argv[2:]]
 if sys.argv[1] == "dtype" and rank == "1":
     arguments += ["--set", "model.dtype=bfloat16"]
+began = time.monotonic()
 code = main(arguments)
 Path(f"code{rank}").write_text(str(code))
+Path(f"seconds{rank}").write_text(str(time.monotonic() - began))
 time.sleep(3)  # torchrun stops the other rank as soon as this one ends; let it say its own word first
 sys.exit(code)
 """
@@ -34,14 +35,11 @@ def test_ranks_that_disagree_say_so_and_end_with_2(tmp_path, what, told):
         (tmp_path / f"text{rank}.txt").write_text("In the beginning God created the heaven and the earth. " * times)
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment = kept | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    make = "from ringctx.runtime.weights import checkpoint; checkpoint('random-tiny')"
-    subprocess.run([sys.executable, "-c", make], env=environment, check=True, timeout=120)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "rank.py", what]
     command = [*launcher, "generate", TINY, "--document", "textRANK.txt", "--question", "Who?"]
-    began = time.monotonic()
     done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120, check=False)
     assert [(tmp_path / f"code{rank}").read_text() for rank in "01"] == ["2", "2"], done.stderr
     sentences = {line.partition("] ")[2] for line in done.stderr.splitlines() if "Ranks disagree" in line}
     assert len(sentences) == 1, done.stderr
     assert told in sentences.pop()
-    assert time.monotonic() - began < 60  # two starts of Python and torch, on a machine that may be busy; the refusal itself is at once
+    assert all(float((tmp_path / f"seconds{rank}").read_text()) < 15 for rank in "01")  # loading the model included

@@ -96,10 +96,26 @@ HEADS_AND_SCORES = (
     Mutation(
         "dropout_of_the_slope",
         "ringctx/kernels/reference.py",
-        "da, kept = da * keep, p * keep",
-        "da, kept = da, p * keep",
+        "(dp if keep is None else dp * keep)",
+        "dp",
         "dropped pairs still pull on the logits in backward",
         unit("kernels", "test_the_reference_takes_everything_at_once"),
+    ),
+    Mutation(
+        "dropout_of_small_tiles",
+        "ringctx/kernels/reference.py",
+        "each if keep is None else each * keep.unsqueeze(-1)",
+        "each",
+        "dropped pairs still pull on the logits in backward of a small tile",
+        unit("kernels", "test_a_small_tile_with_dropout_is_the_definition"),
+    ),
+    Mutation(
+        "rounding_for_zero",
+        CORE + "compute.py",
+        '"reference" if few else self.kernel',
+        "self.kernel",
+        "where a row sees one key, rounding stands in for its gradient of 0",
+        promise("test_one_token_alone_has_no_gradient"),
     ),
     Mutation(
         "scale_ignored",

@@ -63,7 +63,7 @@ SLOW = pytest.mark.slow
         pytest.param(signal.SIGSTOP, "header", False, "rotate", id="stopped-header", marks=SLOW),
         pytest.param(signal.SIGSTOP, "keys at hop 1", True, "fetch", id="stopped-hop1", marks=SLOW),
         pytest.param(signal.SIGSTOP, "keys at hop 2", False, "rotate", id="stopped-hop2"),
-        pytest.param(signal.SIGSTOP, "queries for heads", False, "heads", id="stopped-heads", marks=SLOW),
+        pytest.param(signal.SIGSTOP, "queries, keys and values for heads", False, "heads", id="stopped-heads", marks=SLOW),
     ],
 )
 def test_survivors_name_the_lost_rank(tmp_path: Path, how: int, when: str, backward: bool, transport: str) -> None:

@@ -194,6 +194,14 @@ def test_two_visiting_blocks_at_most_are_here(route: str) -> None:
         assert 0 < found["most"]["grads"] <= 2 * block
 
 
+def test_one_token_alone_has_no_gradient() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 1, 4, 64, requires_grad=True) for _ in range(3))
+    out = ring_attention(q, k, v, ring=Ring.alone(), layout=Layout.contiguous(1, 1), attention=Attention())
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    assert not dq.any() and not dk.any() and dv.all()
+
+
 # -- half precision -----------------------------------------------------------------------------------------------------
 
 

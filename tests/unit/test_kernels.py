@@ -101,6 +101,19 @@ def test_the_reference_takes_everything_at_once(monkeypatch, kind, dtype, chunk)
     assert error(seen[0], dense(p, scores)[5]) <= LIMITS[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_where_a_row_sees_one_key_its_gradient_is_exactly_zero(dtype):
+    p = problem(q=1, k=1, dtype=dtype)
+    for keep in (None, lambda: torch.full((2, 4, 1, 1), 1 / 0.7, dtype=dtype)):
+        out, _, dq, dk, dv = answer(REFERENCE, p, TileScores(0.3, keep=keep), dlse=False)
+        assert out.any() and dv.any() and not dq.any() and not dk.any()
+
+
+def test_a_small_tile_with_dropout_is_the_definition():
+    kept = (torch.rand(2, 4, 5, 7, generator=torch.Generator().manual_seed(5)) > 0.3) / 0.7
+    check(REFERENCE, problem(q=5, k=7), TileScores(0.3, keep=lambda: kept))
+
+
 def test_the_reference_holds_few_logits_at_a_time(monkeypatch):
     monkeypatch.setattr("ringctx.kernels.reference.CHUNK_LOGITS", 2 * 4 * 53 * 3)
     from ringctx.kernels.reference import _Tile

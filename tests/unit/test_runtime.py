@@ -190,3 +190,15 @@ def test_the_prompt_is_the_template_around_the_text():
     assert ours.tokenizer.decode(ours.prompt("a {question}", "b")) == "<|user|>Read a {question}. Answer b<|model|>"
     ours.tokenizer.chat_template = None
     assert ours.tokenizer.decode(ours.prompt("a", "b")) == "Read a. Answer b"
+
+
+def test_a_rank_other_than_0_may_be_the_one_that_makes_the_checkpoint(tmp_path):
+    """transformers' own save_pretrained writes nothing there once ranks have joined."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        weights.random_tiny(tmp_path / "made")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "made").iterdir()}
