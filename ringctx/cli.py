@@ -6,6 +6,7 @@ Exit codes: 0 done · 2 the request was wrong · 3 a rank or link failed · 1 a 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import signal
@@ -102,11 +103,19 @@ def doctor(as_json: bool) -> int:
 @click.option("--length", "lengths", type=click.IntRange(min=1), multiple=True, help="Tokens in the sequence; may be repeated.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--transport", "transports", multiple=True, default=("rotate", "heads"), show_default=True, help="May be repeated.")
+@click.option("--kernel", "kernels", multiple=True, default=("auto",), show_default=True, help="Of the ring; may be repeated.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="The median of so many is reported.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def bench(
-    typed: Typed, ranks: int | None, lengths: tuple[int, ...], dtype: str, transports: tuple[str, ...], rounds: int, as_json: bool
+    typed: Typed,
+    ranks: int | None,
+    lengths: tuple[int, ...],
+    dtype: str,
+    transports: tuple[str, ...],
+    kernels: tuple[str, ...],
+    rounds: int,
+    as_json: bool,
 ) -> int:
     """Time the ring against torch's own attention on the same tensors, as docs/results does."""
     if not launch.is_rank() and (ranks or 2) > 1:
@@ -117,7 +126,8 @@ def bench(
         from ringctx.tools import bench
 
         torch.set_num_threads(1)
-        cases = [bench.Case(S, getattr(torch, dtype), transport) for S in lengths or (2048, 4096, 8192) for transport in transports]
+        asked = itertools.product(lengths or (2048, 4096, 8192), transports, kernels)
+        cases = [bench.Case(S, getattr(torch, dtype), transport, kernel=kernel) for S, transport, kernel in asked]
         rows = [row for case in cases if (row := bench.measure(ring, case, rounds)) is not None]
         if ring.rank == 0:
             click.echo(json.dumps({"rows": bench.as_json(rows)}) if as_json else bench.table(rows))

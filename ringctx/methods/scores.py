@@ -124,7 +124,7 @@ class DistanceBias:
 
     def grads(self, dbias: Tensor, heads: Tensor, i: Tensor, j: Tensor, params: Params, into: Params | None = None) -> Params:
         (total,) = into or (torch.zeros(self.table.shape, dtype=dbias.dtype, device=dbias.device),)
-        per_head = dbias.sum(0)
+        per_head = dbias.sum(0, dtype=torch.float64)  # a clamped distance gathers most pairs, and they cancel
         if total.shape[0] == 1:
             per_head, heads = per_head.sum(0, keepdim=True), torch.zeros(1, dtype=torch.long, device=dbias.device)
         column = self._column(i, j).flatten()
