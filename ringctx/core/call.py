@@ -250,7 +250,7 @@ def backward(
         route = call.route(q, k, v)
         work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset, need_param_grads)
         if route.trades is None:
-            dq, dk, dv = (x.narrow() for x in _run_backward(work, route, dout, dlse, q, k, v, out, lse))
+            dq, dk, dv = (x.narrow().contiguous() for x in _run_backward(work, route, dout, dlse, q, k, v, out, lse))
         else:
             exchange = HeadGroupExchange(call.ring, route.members)
             queries, keys = route.trades

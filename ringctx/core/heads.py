@@ -72,6 +72,15 @@ class Traded:
     heads: tuple[range, ...]
     trade: Trade
 
+    @property
+    def shared(self) -> bool:
+        """Whether some head lives on several members."""
+        return sum(map(len, self.heads)) > self.heads[-1].stop  # the last member always has some
+
+    def whole_shape(self, member: int) -> tuple[int, ...]:
+        """(b s h .): a member's tokens with all heads."""
+        return (self.x.shape[0], self.trade.counts[member], self.heads[-1].stop, *self.x.shape[3:])
+
 
 class HeadGroupExchange:
     """The all-to-all inside this rank's head group, both ways. Tensors traded together share one wait."""

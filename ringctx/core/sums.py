@@ -46,5 +46,5 @@ class Sum:
         return self._value
 
     def narrow(self) -> Tensor:
-        """The sum rounded once to the dtype of `like`, contiguous."""
-        return (self.wide() if self._value is None else self._value).to(self.dtype).contiguous()
+        """The sum rounded once to the dtype of `like`; perhaps strided."""
+        return (self.wide() if self._value is None else self._value).to(self.dtype)
