@@ -54,6 +54,8 @@ class LayoutConfig:
 
     kind: Literal["zigzag", "contiguous", "striped"] = "zigzag"
     """zigzag balances causal work; contiguous keeps windows local; striped deals tokens one by one."""
+    chunk: int | None = None
+    """Tokens that go through the model at once, on all ranks together; bounds the memory of reading. null for the whole prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +112,7 @@ class Config:
             ("ring.timeout", self.ring.timeout, 0.001),
             ("attention.window", self.attention.window, 1),
             ("attention.sinks", self.attention.sinks, 0),
+            ("layout.chunk", self.layout.chunk, 1),
             ("cache.page", self.cache.page, 1),
             ("generation.max_new_tokens", self.generation.max_new_tokens, 1),
         ):

@@ -100,6 +100,10 @@ class Layout:
             if len(indices.unique()) != len(indices):
                 raise LayoutError("Two ranges of a layout share an index; every token must live on one rank only.")
 
+    def shifted(self, by: int) -> Self:
+        """The same layout of tokens that come `by` indices later, such as a later chunk of a sequence."""
+        return type(self)(tuple(tuple(range(r.start + by, r.stop + by, r.step) for r in ranges) for ranges in self.spans))
+
     # -- the stock layouts ------------------------------------------------------------------------------------------
 
     @classmethod

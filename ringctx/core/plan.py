@@ -170,6 +170,13 @@ class World:
         return Visit(owner, ranges, spans, rows, grads_from, grads_to)
 
 
+@lru_cache(maxsize=256)
+def wanted(patterns: tuple[Pattern, ...], layout: Layout, key_layout: Layout) -> tuple[Spans, ...]:
+    """For each owner, the local positions of its keys that at least one query of the layout sees under one of the patterns."""
+    world, ranks = World(patterns, layout, key_layout), range(layout.size)
+    return tuple(union([world.needs(rank, owner) for rank in ranks]) for owner in ranks)
+
+
 def path(rank: int, size: int, nodes: int) -> tuple[tuple[int, int, int], ...]:
     """For hops 1..size-1 of a rotation: (whose keys arrive, from which rank, to which rank the held ones go).
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from ringctx.core.attention import Attention
 from ringctx.core.decode import decode_attention
 from ringctx.core.entry import ring_attention
-from ringctx.core.layout import Layout
+from ringctx.core.layout import Layout, take
+from ringctx.core.plan import wanted
 from ringctx.core.ring import Ring
+from ringctx.core.tiles import Spans
 from ringctx.errors import ConfigError, LayoutError
 
 
@@ -33,8 +35,8 @@ class Cache(Protocol):
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keep what belongs to this rank of this call's k, v (b n g d)."""
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """This rank's keys, before rotation, and values (b n g d), in the order of the layout's indices."""
+    def read(self, layer: int, spans: Spans | None = None) -> tuple[Tensor, Tensor]:
+        """This rank's keys, before rotation, and values (b n g d), in the order of the layout's indices; or those at these positions."""
 
     def encoded(self, layer: int, attention: Attention) -> Tensor | None:
         """This rank's keys, rotated, or None where the cache does not keep them."""
@@ -89,8 +91,10 @@ class Context:
         if self.cache is not None:
             self.cache.append(layer, own_k, own_v)
             if self.cache.layout != layout:  # a later chunk: the keys of the earlier ones are in the cache
-                key_layout = self.cache.layout
-                own_k, own_v = self.cache.read(layer)
+                patterns = tuple(pattern for _, pattern in attention.pattern.heads(q.shape[2]))
+                spans = wanted(patterns, layout, self.cache.layout)  # a window leaves most of them alone
+                key_layout = Layout(tuple(map(take, self.cache.layout.spans, spans)))
+                own_k, own_v = self.cache.read(layer, spans[self.ring.rank])
         where = partial(ring_attention, ring=self.ring, layout=layout, key_layout=key_layout)
         out = where(own_q, own_k, own_v, attention=attention, transport=self.transport, kernel=self.kernel)
         assert isinstance(out, Tensor)

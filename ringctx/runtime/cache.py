@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ringctx.core.attention import Attention
 from ringctx.core.layout import Layout
+from ringctx.core.tiles import Spans
 from ringctx.errors import ConfigError, LayoutError
 
 PAGE = 64
@@ -48,6 +50,12 @@ class Store:
     def bytes(self) -> int:
         """Memory held."""
         return 0 if self._data is None else self._data.numel() * self._data.element_size()
+
+
+def _at(x: Tensor, spans: Spans) -> Tensor:
+    """The tokens of x (b n g d) at these positions; a view where they are one run."""
+    parts = [x[:, a:b] for a, b in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else x[:, :0]
 
 
 @dataclass
@@ -126,10 +134,14 @@ class KVCache:
         cache.keys.write(k[:, self._keep], room)
         cache.values.write(v[:, self._keep], room)
 
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """This rank's keys, before rotation, and values (b n g d), in the order of the layout's indices."""
+    def read(self, layer: int, spans: Spans | None = None) -> tuple[Tensor, Tensor]:
+        """This rank's keys, before rotation, and values (b n g d), in the order of the layout's indices.
+
+        spans: only those at these local positions.
+        """
         cache = self._layers[layer]
-        return cache.keys.data, cache.values.data
+        keys, values = cache.keys.data, cache.values.data
+        return (keys, values) if spans is None else (_at(keys, spans), _at(values, spans))
 
     def encoded(self, layer: int, attention: Attention) -> Tensor | None:
         """This rank's keys, rotated, (b n g d); only the new ones are computed. None when not kept or nothing rotates."""

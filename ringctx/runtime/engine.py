@@ -69,9 +69,9 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(kw_only=True)
 class Listener:
-    """Who wants to know how it goes: `began(prompt tokens)`, `layer(number)` during prefill, `text(piece)` of the answer."""
+    """Who wants to know how it goes: `began(prompt tokens, chunks)`, `layer(number)` during prefill, `text(piece)` of the answer."""
 
-    began: Callable[[int], None] = _nothing
+    began: Callable[[int, int], None] = _nothing
     layer: Callable[[int], None] = _nothing
     prefilled: Callable[[], None] = _nothing
     text: Callable[[str], None] = _nothing
@@ -140,7 +140,6 @@ class Engine:
         self.ring.traffic.reset()
         prompt = self.prompt(document, question)
         self._warn_if_long(len(prompt))
-        listener.began(len(prompt))
         sampler = Sampler(**{name: getattr(self.config.generation, name) for name in ("temperature", "top_k", "top_p", "seed")})
         stream = Stream(self.tokenizer, listener.text)
         prefill_began = time.perf_counter()
@@ -164,22 +163,34 @@ class Engine:
     def _prefill(self, prompt: list[int], listener: Listener) -> tuple[KVCache, Tensor]:
         """The cache with this rank's share of the prompt, and the last token's logits (1 1 vocabulary) on every rank."""
         ring, config = self.ring, self.config
-        layout: Layout = getattr(Layout, config.layout.kind)(len(prompt), ring.size)
-        room = layout.count(ring.rank) + -(-config.generation.max_new_tokens // ring.size) + config.cache.page
+        layouts = self._chunks(len(prompt))
+        listener.began(len(prompt), len(layouts))
+        room = sum(x.count(ring.rank) for x in layouts) + -(-config.generation.max_new_tokens // ring.size) + config.cache.page
         cache = KVCache(self.num_layers, ring.rank, ring.size, config.cache.page, config.cache.keep_rotated, room)
-        cache.extend(layout)
-        ids = layout.shard(torch.tensor([prompt]), ring.rank).to(self.device)
-        indices = layout.indices(ring.rank, self.device)[None]
-        if not len(indices[0]):  # transformers takes no empty input; attention leaves this token out again
-            ids = indices = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        owner = layout.owner(len(prompt) - 1)
         self.context.after_layer, self.context.seconds = listener.layer, 0.0
-        with self.context.running(layout, cache):
-            keep = (indices[0] == len(prompt) - 1).nonzero()[:, 0] if owner == ring.rank else indices.new_zeros(1)
-            logits = self.model(input_ids=ids, position_ids=indices, use_cache=False, logits_to_keep=keep).logits
+        for layout in layouts:
+            logits = self._read(torch.tensor(prompt), layout, cache)
         self.context.after_layer = None
         self.attention_seconds["prefill"], self.context.seconds = self.context.seconds, 0.0
-        return cache, broadcast(ring, logits.contiguous(), owner, "the prompt's last logits")
+        return cache, broadcast(ring, logits.contiguous(), layouts[-1].owner(len(prompt) - 1), "the prompt's last logits")
+
+    def _chunks(self, num_tokens: int) -> list[Layout]:
+        """Where the tokens of each chunk live."""
+        chunk, make = self.config.layout.chunk or num_tokens, getattr(Layout, self.config.layout.kind)
+        return [make(min(chunk, num_tokens - a), self.ring.size).shifted(a) for a in range(0, num_tokens, chunk)]
+
+    def _read(self, prompt: Tensor, layout: Layout, cache: KVCache) -> Tensor:
+        """One chunk through the model; its keys go to the cache. The logits of the chunk's last token, on the rank that owns it."""
+        cache.extend(layout)
+        indices = layout.indices(self.ring.rank)
+        if not len(indices):  # transformers takes no empty input; attention leaves this token out again
+            indices = torch.zeros(1, dtype=torch.int64)
+        ids, positions = prompt[indices].to(self.device)[None], indices.to(self.device)[None]
+        last = (indices == layout.length - 1).nonzero()[:, 0]
+        with self.context.running(layout, cache):
+            keep = last.to(self.device) if len(last) else 1  # transformers takes 0 for all of them
+            logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+        return logits
 
     def _step(self, token: int, cache: KVCache) -> Tensor:
         """One token more: every rank computes it against its own keys, one of them keeps its key. Logits (1 1 vocabulary)."""

@@ -21,25 +21,25 @@ from ringctx.runtime.engine import Answer, Engine, Listener
 
 
 class PrefillBar:
-    """A bar over the layers of the prefill, with tokens/s and an estimate of the time left, on stderr."""
+    """A bar over the layers of the prefill, chunk by chunk, with tokens/s and an estimate of the time left, on stderr."""
 
     def __init__(self, num_layers: int, console: Console) -> None:
-        self.num_layers, self.num_tokens, self.began = num_layers, 0, 0.0
-        done = TextColumn("{task.completed}/{task.total} layers · {task.fields[speed]} tokens/s")
+        self.num_layers, self.num_tokens, self.steps, self.done, self.began = num_layers, 0, num_layers, 0, 0.0
+        done = TextColumn("{task.percentage:.0f} % · {task.fields[speed]} tokens/s")
         self.progress = Progress(TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn(), console=console)
         self.task = TaskID(0)
 
-    def start(self, num_tokens: int) -> None:
-        """The prompt is known."""
-        self.num_tokens, self.began = num_tokens, time.perf_counter()
-        self.task = self.progress.add_task(f"Reading {num_tokens:,} tokens", total=self.num_layers, speed="…")
+    def start(self, num_tokens: int, num_chunks: int) -> None:
+        """The prompt is known, and in how many chunks it is read."""
+        self.num_tokens, self.steps, self.began = num_tokens, num_chunks * self.num_layers, time.perf_counter()
+        self.task = self.progress.add_task(f"Reading {num_tokens:,} tokens", total=self.steps, speed="…")
         self.progress.start()
 
     def layer(self, number: int) -> None:
-        """One layer more is done."""
-        share = (number + 1) / self.num_layers
-        speed = self.num_tokens * share / (time.perf_counter() - self.began)
-        self.progress.update(self.task, completed=number + 1, speed=f"{speed:,.0f}")
+        """One layer more of a chunk is done."""
+        self.done += 1
+        speed = self.num_tokens * self.done / self.steps / (time.perf_counter() - self.began)
+        self.progress.update(self.task, completed=self.done, speed=f"{speed:,.0f}")
 
     def stop(self) -> None:
         """The prefill is over."""

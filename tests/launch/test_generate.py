@@ -63,9 +63,9 @@ def own_tokens(place) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_generate_with_ranks_says_what_transformers_says(place, own_tokens, ranks):
-    done = run(place, *generate(place, "--json", "--ranks", str(ranks)))
+@pytest.mark.parametrize(("ranks", "chunk"), [(1, "null"), (2, "null"), (3, "37")])
+def test_generate_with_ranks_says_what_transformers_says(place, own_tokens, ranks, chunk):
+    done = run(place, *generate(place, "--json", "--ranks", str(ranks), "--set", f"layout.chunk={chunk}"))
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     answer = json.loads(line)

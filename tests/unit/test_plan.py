@@ -8,7 +8,7 @@ import torch
 from ringctx import Layout
 from ringctx.core.choose import Shape, choose
 from ringctx.core.pattern import CAUSAL, FULL, PARTIAL
-from ringctx.core.plan import Plan, make_plan, path
+from ringctx.core.plan import Plan, make_plan, path, wanted
 from ringctx.core.tiles import area, pieces, spans_of, tiles, union, width
 from ringctx.patterns import blocks, causal, dilated, documents, full, global_tokens, prefix, sinks, window
 
@@ -225,3 +225,13 @@ def test_spans_and_their_union():
 
 def test_the_causal_area_is_half_a_square():
     assert area(tiles(causal(), (range(16),), (range(16),))) == 16 * 17 // 2
+
+
+@pytest.mark.parametrize("begin", [0, 20, 40])
+@every
+def test_a_chunk_wants_the_keys_that_its_queries_see(pattern: str, layout: str, begin: int):
+    keys = LAYOUTS[layout](S, 3)
+    queries = LAYOUTS[layout](S - begin, 3).shifted(begin)
+    seen = PATTERNS[pattern].allows(torch.arange(begin, S), torch.arange(S)).any(0)
+    for rank, spans in enumerate(wanted((PATTERNS[pattern],), queries, keys)):
+        assert spans == spans_of(seen[keys.indices(rank)])

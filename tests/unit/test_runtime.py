@@ -13,6 +13,7 @@ from ringctx.config import AttentionConfig, parse
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
 from ringctx.runtime import device, weights
+from ringctx.runtime.cache import KVCache
 from ringctx.runtime.engine import Engine, Listener, attention_of
 from ringctx.runtime.stream import Stream
 
@@ -119,7 +120,11 @@ def test_an_answer_that_ends_inside_a_character_is_still_written():
     assert "".join(pieces).startswith("a")
 
 
-@pytest.mark.parametrize("settings", [(), ("cache.keep_rotated=false",), ("cache.page=1",), ("layout.kind=striped",)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [(), ("cache.keep_rotated=false",), ("cache.page=1",), ("layout.kind=striped",), ("layout.chunk=20",), ("layout.chunk=1",)],
+    ids=str,
+)
 def test_tokens_are_those_of_transformers_own_generate(settings):
     ours = engine("generation.max_new_tokens=24", *settings)
     answer = ours.generate("In the beginning " * 9, "Who?")
@@ -136,16 +141,31 @@ def own_tokens(ours: Engine, document: str, question: str, num_new: int) -> list
     return made[0, prompt.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("window", [1, 7, 40])
+def test_a_window_over_chunks_is_the_window_over_the_whole(window):
+    settings = ("generation.max_new_tokens=8", f"attention.window={window}", "attention.sinks=2")
+    answers = [engine(*settings, *more).generate("In the beginning " * 9, "Who?") for more in ((), ("layout.chunk=13",))]
+    assert answers[0].tokens == answers[1].tokens
+
+
+def test_a_chunk_reads_only_the_keys_that_its_window_reaches(monkeypatch):
+    ours = engine("attention.window=16", "attention.sinks=2", "layout.chunk=32", "generation.max_new_tokens=1")
+    read, widths = KVCache.read, []
+    monkeypatch.setattr(KVCache, "read", lambda *a: (found := read(*a), widths.append(found[0].shape[1]))[0])
+    ours.generate("In the beginning " * 20, "Who?")
+    assert max(widths) == 32 + 15 + 2
+
+
 def test_the_listener_hears_of_everything():
     heard: list[object] = []
     listener = Listener(
-        began=lambda n: heard.append(n),
+        began=lambda *n: heard.append(n),
         layer=lambda n: heard.append(f"layer {n}"),
         prefilled=lambda: heard.append("prefilled"),
         text=heard.append,
     )
     answer = engine("generation.max_new_tokens=3").generate("A", "B", listener)
-    assert heard[:4] == [answer.prompt_tokens, "layer 0", "layer 1", "prefilled"]
+    assert heard[:4] == [(answer.prompt_tokens, 1), "layer 0", "layer 1", "prefilled"]
     assert "".join(str(piece) for piece in heard[4:]) == answer.answer
 
 
