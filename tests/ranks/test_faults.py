@@ -57,10 +57,10 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "when", "backward", "transport"),
     [
-        pytest.param(signal.SIGKILL, "header", False, "rotate", id="killed-header", marks=SLOW),
+        pytest.param(signal.SIGKILL, "the header", False, "rotate", id="killed-header", marks=SLOW),
         pytest.param(signal.SIGKILL, "keys at hop 2", False, "rotate", id="killed-hop2"),
         pytest.param(signal.SIGKILL, "gradients at hop 2", True, "fetch", id="killed-gradients", marks=SLOW),
-        pytest.param(signal.SIGSTOP, "header", False, "rotate", id="stopped-header", marks=SLOW),
+        pytest.param(signal.SIGSTOP, "the header", False, "rotate", id="stopped-header", marks=SLOW),
         pytest.param(signal.SIGSTOP, "keys at hop 1", True, "fetch", id="stopped-hop1", marks=SLOW),
         pytest.param(signal.SIGSTOP, "keys at hop 2", False, "rotate", id="stopped-hop2"),
         pytest.param(signal.SIGSTOP, "queries, keys and values for heads", False, "heads", id="stopped-heads", marks=SLOW),
