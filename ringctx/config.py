@@ -83,13 +83,17 @@ class GenerationConfig:
     """How the answer is asked for and chosen."""
 
     max_new_tokens: int = 128
-    """The answer ends here, or earlier at the model's end-of-text token."""
+    """The answer ends here, or earlier at the model's end-of-text token or a stop string."""
+    stop: tuple[str, ...] = ()
+    """The answer ends just before the first of these texts. Special tokens are no text."""
     temperature: float = 0.0
     """0 takes the likeliest token."""
     top_k: int = 0
     """Choose among the k likeliest tokens; 0 for all."""
     top_p: float = 1.0
     """Choose among the likeliest tokens that hold this much of the chance."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens that the prompt or the answer holds by this (multiply those below 0); 1 for none."""
     seed: int = 0
     """Of the choice; the same on every rank."""
     prompt: str = "{document}\n\n{question}"
@@ -122,6 +126,8 @@ class Config:
             raise ConfigError("attention.sinks means nothing without attention.window; set a window or leave sinks out.")
         if "{document}" not in self.generation.prompt or "{question}" not in self.generation.prompt:
             raise ConfigError("generation.prompt must hold {document} and {question}; they are replaced by the text and the question.")
+        if "" in self.generation.stop:
+            raise ConfigError("generation.stop holds an empty text, which would end every answer before it begins; leave it out.")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -215,6 +221,10 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         near = difflib.get_close_matches(str(value), choices, n=1)
         advice = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name} is {value!r}; possible are {', '.join(choices)}.{advice}")
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{name} is {value!r}, {_kind(value)}; it must be a list, written [..., ...].")
+        return tuple(_value(typing.get_args(hint)[0], one, f"{name}[{n}]") for n, one in enumerate(value))
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

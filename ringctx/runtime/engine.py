@@ -45,8 +45,8 @@ class Seconds:
 class Answer:
     """What `ringctx generate --json` prints; the keys are pinned by a test.
 
-    tokens: the answer's token ids, the end-of-text token included. bytes: sent by all ranks, by kind. memory: peak bytes
-    of each rank.
+    tokens: the answer's token ids, those of the stop string or the end of text included. bytes: sent by all ranks, by kind.
+    memory: peak bytes of each rank.
     """
 
     answer: str
@@ -131,7 +131,7 @@ class Engine:
 
     @torch.no_grad()
     def generate(self, document: str, question: str, listener: Listener | None = None) -> Answer:
-        """Prefill over the ring, then decode until the model ends its text or `generation.max_new_tokens` are reached.
+        """Prefill over the ring, then decode until the model ends its text, a stop string ends it or `max_new_tokens` are reached.
 
         All ranks call it together, with the same text, and all return the same answer.
         """
@@ -140,8 +140,9 @@ class Engine:
         self.ring.traffic.reset()
         prompt = self.prompt(document, question)
         self._warn_if_long(len(prompt))
-        sampler = Sampler(**{name: getattr(self.config.generation, name) for name in ("temperature", "top_k", "top_p", "seed")})
-        stream = Stream(self.tokenizer, listener.text)
+        chosen_by = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+        sampler = Sampler(**{name: getattr(self.config.generation, name) for name in chosen_by}, seen=set(prompt))
+        stream = Stream(self.tokenizer, listener.text, self.config.generation.stop)
         prefill_began = time.perf_counter()
         cache, logits = self._prefill(prompt, listener)
         prefill_seconds = time.perf_counter() - prefill_began
@@ -151,8 +152,9 @@ class Engine:
         while True:
             tokens.append(self._agree(sampler.choose(logits[0, -1]), f"token {len(tokens)} of the answer"))
             first_token_seconds = first_token_seconds or time.perf_counter() - began
+            sampler.seen.add(tokens[-1])
             stream.push(tokens[-1])
-            if tokens[-1] in self._ends() or len(tokens) == self.config.generation.max_new_tokens:
+            if stream.is_stopped or tokens[-1] in self._ends() or len(tokens) == self.config.generation.max_new_tokens:
                 break
             logits = self._step(tokens[-1], cache)
         seconds = Seconds(

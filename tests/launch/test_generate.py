@@ -84,6 +84,17 @@ def test_under_torchrun_its_ranks_are_used_and_the_text_streams_to_stdout(place,
     assert done.stdout == json.loads(with_json.stdout)["answer"] + "\n"
 
 
+def test_a_stop_string_ends_the_answer_at_the_same_token_on_every_rank(place, own_tokens):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "cache" / "ringctx" / "random-tiny")
+    whole = tokenizer.decode(own_tokens, skip_special_tokens=True)
+    stop = next(sign for sign in whole[len(whole) // 2 :] if sign != "\ufffd")
+    done = run(place, *generate(place, "--json", "--ranks", "2", "--set", f"generation.stop={json.dumps([stop])}"))
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["answer"] == whole[: whole.index(stop)]
+    assert answer["tokens"] == own_tokens[: len(answer["tokens"])] != own_tokens
+
+
 def test_a_mistake_on_every_rank_is_said_once_with_exit_code_2(place):
     done = run(place, *generate(place, "--ranks", "2", "--set", "ring.kernel=flahs"))
     assert done.returncode == 2

@@ -23,7 +23,8 @@ def test_blocks_and_values_are_read():
 
 
 def test_what_is_dumped_is_read_back():
-    config = parse("generation: {max_new_tokens: 7, prompt: 'Q {question} of {document}'}")
+    config = parse("generation: {max_new_tokens: 7, stop: [a, 'b c'], prompt: 'Q {question} of {document}'}")
+    assert config.generation.stop == ("a", "b c")
     assert parse(dump(config)) == config
 
 
@@ -63,6 +64,9 @@ def test_an_override_can_take_a_value_away():
         ("attention: {sinks: 4}", "attention.sinks means nothing without attention.window; set a window or leave sinks out."),
         ("ring: {timeout: 0}", "ring.timeout is 0.0; it must be at least 0.001."),
         ("cache: {page: 0}", "cache.page is 0; it must be at least 1."),
+        ("generation: {stop: END}", "generation.stop is 'END', text; it must be a list, written [..., ...]."),
+        ("generation: {stop: [END, 3]}", "generation.stop[1] is 3, a whole number; it must be text."),
+        ("generation: {stop: ['']}", "generation.stop holds an empty text, which would end every answer before it begins; leave it out."),
         ("generation: {max_new_tokens: 0}", "generation.max_new_tokens is 0; it must be at least 1."),
         ("generation: {prompt: '{document}'}", "generation.prompt must hold {document} and {question}"),
     ],

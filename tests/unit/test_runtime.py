@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from ringctx.config import AttentionConfig, parse
+from ringctx.config import AttentionConfig, dump, parse
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
 from ringctx.runtime import device, weights
@@ -131,13 +133,19 @@ def test_tokens_are_those_of_transformers_own_generate(settings):
     assert answer.tokens == own_tokens(ours, "In the beginning " * 9, "Who?", 24)
 
 
-def own_tokens(ours: Engine, document: str, question: str, num_new: int) -> list[int]:
+def test_penalised_tokens_are_those_of_transformers_own_generate():
+    ours = engine("generation.max_new_tokens=24", "generation.repetition_penalty=2")
+    answer = ours.generate("In the beginning " * 9, "Who?")
+    assert answer.tokens == own_tokens(ours, "In the beginning " * 9, "Who?", 24, repetition_penalty=2.0)
+
+
+def own_tokens(ours: Engine, document: str, question: str, num_new: int, **settings: float) -> list[int]:
     """What transformers generates from the same prompt, its own attention in place."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(weights.checkpoint("random-tiny"), dtype=torch.float32)
     prompt = torch.tensor([ours.prompt(document, question)])
-    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_new, do_sample=False)
+    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_new, do_sample=False, **settings)
     return made[0, prompt.shape[1] :].tolist()
 
 
@@ -180,6 +188,20 @@ def test_generation_stops_at_the_end_of_text():
     ours.model.generation_config.eos_token_id = [tokens[5]]
     first = tokens.index(tokens[5])
     assert ours.generate("A", "B").tokens == tokens[: first + 1]
+
+
+@pytest.mark.parametrize("num_signs", [1, 3])
+def test_generation_stops_before_a_stop_string(num_signs):
+    ours = engine("generation.max_new_tokens=48")
+    whole = ours.generate("A", "B")
+    stop = re.compile(f"[ -~]{{{num_signs}}}").search(whole.answer, 8)[0]
+    ours.config = parse(dump(ours.config), [f"generation.stop={json.dumps(['never', stop])}"])
+    pieces: list[str] = []
+    answer = ours.generate("A", "B", Listener(text=pieces.append))
+    assert answer.answer == "".join(pieces) == whole.answer[: whole.answer.index(stop)] != ""
+    assert answer.tokens == whole.tokens[: len(answer.tokens)]
+    text = [ours.tokenizer.decode(answer.tokens[:n], skip_special_tokens=True) for n in (len(answer.tokens) - 1, len(answer.tokens))]
+    assert [stop in t for t in text] == [False, True]
 
 
 def test_the_keys_of_the_answer_do_not_drift():
