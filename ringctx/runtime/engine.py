@@ -21,6 +21,7 @@ from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.huggingface import Context, wrap
 from ringctx.patterns import causal, sinks, window
+from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
 from ringctx.runtime.sampling import Sampler
@@ -165,8 +166,11 @@ class Engine:
         """The cache with this rank's share of the prompt, and the last token's logits (1 1 vocabulary) on every rank."""
         ring, config = self.ring, self.config
         layout: Layout = getattr(Layout, config.layout.kind)(len(prompt), ring.size)
-        room = layout.count(ring.rank) + -(-config.generation.max_new_tokens // ring.size) + config.cache.page
-        cache = KVCache(self.num_layers, ring.rank, ring.size, config.cache.page, config.cache.keep_rotated, room)
+        answer = -(-config.generation.max_new_tokens // ring.size) + config.cache.page
+        room, fullest = (n + answer for n in (layout.count(ring.rank), max(map(layout.count, range(ring.size)))))
+        storage, spill = choose(config.cache, fullest, self._shape())
+        page, keep_rotated = config.cache.page, config.cache.keep_rotated
+        cache = KVCache(self.num_layers, ring.rank, ring.size, page, keep_rotated, room, storage, spill)
         cache.extend(layout)
         ids = layout.shard(torch.tensor([prompt]), ring.rank).to(self.device)
         indices = layout.indices(ring.rank, self.device)[None]
@@ -180,6 +184,11 @@ class Engine:
         self.context.after_layer = None
         self.attention_seconds["prefill"], self.context.seconds = self.context.seconds, 0.0
         return cache, broadcast(ring, logits.contiguous(), owner, "the prompt's last logits")
+
+    def _shape(self) -> Shape:
+        model = self.model.config
+        width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        return Shape(self.num_layers, model.num_key_value_heads, width, self.model.dtype)
 
     def _step(self, token: int, cache: KVCache) -> Tensor:
         """One token more: every rank computes it against its own keys, one of them keeps its key. Logits (1 1 vocabulary)."""
