@@ -20,6 +20,8 @@ import yaml
 from ringctx.errors import ConfigError
 
 Block = TypeVar("Block")
+LEAST_SHARED = 16
+"""Tokens of a page below which int8 keys would not be much smaller than bf16: a page's step and zero point are 8 bytes a channel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,13 @@ class CacheConfig:
     page: int = 64
     """Tokens a page: memory grows by it, and a new page goes to the next rank."""
     keep_rotated: bool = True
-    """Hold a rotated copy of the keys: faster decoding for half as much memory again."""
+    """Hold a rotated copy of the keys: faster decoding for half as much memory again. Only with storage: model."""
+    storage: Literal["model", "bf16", "int8", "int4", "auto"] = "model"
+    """How keys and values are held: as the model computes them, rounded, or quantised; auto: the first that fits memory_gib."""
+    spill: str | None = None
+    """A folder on a disk: keys and values lie in files there, gone when the run ends. With auto, only if nothing fits, in int8."""
+    memory_gib: float | None = None
+    """GiB that auto may fill with keys and values on each rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,16 +126,30 @@ class Config:
             ("attention.sinks", self.attention.sinks, 0),
             ("layout.chunk", self.layout.chunk, 1),
             ("cache.page", self.cache.page, 1),
+            ("cache.memory_gib", self.cache.memory_gib, 0.001),
             ("generation.max_new_tokens", self.generation.max_new_tokens, 1),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}.")
         if self.attention.sinks and self.attention.window is None:
             raise ConfigError("attention.sinks means nothing without attention.window; set a window or leave sinks out.")
+        self._check_storage()
         if "{document}" not in self.generation.prompt or "{question}" not in self.generation.prompt:
             raise ConfigError("generation.prompt must hold {document} and {question}; they are replaced by the text and the question.")
         if "" in self.generation.stop:
             raise ConfigError("generation.stop holds an empty text, which would end every answer before it begins; leave it out.")
+
+    def _check_storage(self) -> None:
+        storage, page = self.cache.storage, self.cache.page
+        if storage == "auto" and self.cache.memory_gib is None:
+            raise ConfigError("cache.storage auto needs cache.memory_gib: how much memory keys and values may take on each rank.")
+        if storage != "auto" and self.cache.memory_gib is not None:
+            raise ConfigError("cache.memory_gib means nothing without cache.storage: auto; set that or leave memory_gib out.")
+        if storage in ("int8", "int4", "auto") and page < LEAST_SHARED:
+            sentence = (
+                f"cache.page is {page}, but quantised keys share a step over a page, and below {LEAST_SHARED} tokens little is saved;"
+            )
+            raise ConfigError(f"{sentence} set cache.page to at least {LEAST_SHARED}, or cache.storage to model or bf16.")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

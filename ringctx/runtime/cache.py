@@ -7,6 +7,7 @@ Letters: b batch, n cached tokens on this rank, g key heads, d head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,54 +16,30 @@ from ringctx.core.attention import Attention
 from ringctx.core.layout import Layout
 from ringctx.core.tiles import Spans
 from ringctx.errors import ConfigError, LayoutError
+from ringctx.runtime.storage import Store, open_store
 
 PAGE = 64
 """Tokens a page: memory grows by it, and a new page goes to the next rank."""
 
 
-class Store:
-    """A tensor (b n g d) that grows in pages along n."""
-
-    def __init__(self, page: int) -> None:
-        self.page, self.count = page, 0
-        self._data: Tensor | None = None
-
-    @property
-    def data(self) -> Tensor:
-        """What was written, (b n g d); a view, not to be written to."""
-        if self._data is None:
-            raise LayoutError("This layer's cache was never written; run the prefill first.")
-        return self._data[:, : self.count]
-
-    def write(self, x: Tensor, room: int) -> None:
-        """Append x (b n g d); when memory must grow, grow for `room` tokens in all."""
-        needed = self.count + x.shape[1]
-        if self._data is None or needed > self._data.shape[1]:
-            capacity = -(-max(needed, room) // self.page) * self.page
-            grown = x.new_empty(x.shape[0], capacity, *x.shape[2:])
-            if self._data is not None:
-                grown[:, : self.count] = self.data
-            self._data = grown
-        self._data[:, self.count : needed] = x
-        self.count = needed
-
-    @property
-    def bytes(self) -> int:
-        """Memory held."""
-        return 0 if self._data is None else self._data.numel() * self._data.element_size()
-
-
-def _at(x: Tensor, spans: Spans) -> Tensor:
-    """The tokens of x (b n g d) at these positions; a view where they are one run."""
-    parts = [x[:, a:b] for a, b in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else x[:, :0]
+def _read(store: Store, spans: Spans | None) -> Tensor:
+    """The tokens (b n g d) at these positions, all by default; a view where the store allows it and they are one run."""
+    if spans is None or not spans:
+        return store.data if spans is None else store.read(0, 0)
+    parts = [store.read(a, b) for a, b in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @dataclass
 class _LayerCache:
     keys: Store
     values: Store
-    rotated: Store
+    rotated: Store | None
+
+    @property
+    def stores(self) -> list[Store]:
+        """All that there are."""
+        return [store for store in (self.keys, self.values, self.rotated) if store is not None]
 
 
 @dataclass
@@ -71,8 +48,10 @@ class KVCache:
 
     Prefill: `extend(layout)`, then each layer appends its shard. Decode: `grow(n)`, then each layer appends the n tokens
     that every rank computed, and the owner keeps them. New tokens go to the ranks in turn, a page at a time.
-    keep_rotated: hold a rotated copy of the keys too, so that decoding does not rotate them all for every token.
+    keep_rotated: hold a rotated copy of the keys too, so that decoding does not rotate them all for every token. Only where
+    storage is "model": beside smaller keys, a copy in full would take back what they save.
     room: tokens of memory on this rank to set aside when the first are written.
+    storage: how keys and values are held, one of storage.KINDS. spill: the folder of the files that hold them instead of memory.
     """
 
     num_layers: int
@@ -81,6 +60,8 @@ class KVCache:
     page: int = PAGE
     keep_rotated: bool = True
     room: int = 0
+    storage: str = "model"
+    spill: Path | None = None
     _layout: Layout = field(init=False)
     _keep: slice = field(init=False, default_factory=lambda: slice(0, 0))
     _grown: int = field(init=False, default=0)
@@ -90,7 +71,12 @@ class KVCache:
         if self.page < 1:
             raise ConfigError(f"cache.page is {self.page}; a page holds at least 1 token.")
         self._layout = Layout(((),) * self.size)
-        self._layers = [_LayerCache(Store(self.page), Store(self.page), Store(self.page)) for _ in range(self.num_layers)]
+        self._layers = [self._layer() for _ in range(self.num_layers)]
+
+    def _layer(self) -> _LayerCache:
+        keys, values = (open_store(self.storage, page=self.page, per_channel=keys, spill=self.spill) for keys in (True, False))
+        is_kept = self.keep_rotated and self.storage == "model"
+        return _LayerCache(keys, values, open_store("model", page=self.page, per_channel=True, spill=self.spill) if is_kept else None)
 
     @property
     def layout(self) -> Layout:
@@ -99,8 +85,13 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Memory held by all layers."""
-        return sum(store.bytes for layer in self._layers for store in (layer.keys, layer.values, layer.rotated))
+        """Memory held by all layers, files left out."""
+        return sum(store.bytes for layer in self._layers for store in layer.stores)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Length of all layers' files."""
+        return sum(store.mapped_bytes for layer in self._layers for store in layer.stores)
 
     def extend(self, layout: Layout) -> None:
         """Tokens of this layout come next, each rank appending its own. Raises LayoutError when an index is cached already."""
@@ -140,16 +131,16 @@ class KVCache:
         spans: only those at these local positions.
         """
         cache = self._layers[layer]
-        keys, values = cache.keys.data, cache.values.data
-        return (keys, values) if spans is None else (_at(keys, spans), _at(values, spans))
+        return _read(cache.keys, spans), _read(cache.values, spans)
 
     def encoded(self, layer: int, attention: Attention) -> Tensor | None:
         """This rank's keys, rotated, (b n g d); only the new ones are computed. None when not kept or nothing rotates."""
-        if not self.keep_rotated or attention.encoding is None or attention.branches:
-            return None
         cache = self._layers[layer]
-        keys, done = cache.keys.data, cache.rotated.count
-        if done < keys.shape[1] or cache.rotated._data is None:
+        if cache.rotated is None or attention.encoding is None or attention.branches:
+            return None
+        count, done = cache.keys.count, cache.rotated.count
+        if done < count or not cache.rotated.is_written:
+            keys = cache.keys.read(done, count)
             indices = self._layout.indices(self.rank, keys.device)[done:]
-            cache.rotated.write(attention.encoding.keys(keys[:, done:], indices), max(self.room, keys.shape[1]))
+            cache.rotated.write(attention.encoding.keys(keys, indices), max(self.room, count))
         return cache.rotated.data

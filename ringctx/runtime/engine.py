@@ -21,6 +21,7 @@ from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.huggingface import Context, wrap
 from ringctx.patterns import causal, sinks, window
+from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
 from ringctx.runtime.sampling import Sampler
@@ -167,8 +168,11 @@ class Engine:
         ring, config = self.ring, self.config
         layouts = self._chunks(len(prompt))
         listener.began(len(prompt), len(layouts))
-        room = sum(x.count(ring.rank) for x in layouts) + -(-config.generation.max_new_tokens // ring.size) + config.cache.page
-        cache = KVCache(self.num_layers, ring.rank, ring.size, config.cache.page, config.cache.keep_rotated, room)
+        answer = -(-config.generation.max_new_tokens // ring.size) + config.cache.page
+        rooms = [sum(x.count(rank) for x in layouts) + answer for rank in range(ring.size)]
+        storage, spill = choose(config.cache, max(rooms), self._shape())
+        page, keep_rotated = config.cache.page, config.cache.keep_rotated
+        cache = KVCache(self.num_layers, ring.rank, ring.size, page, keep_rotated, rooms[ring.rank], storage, spill)
         self.context.after_layer, self.context.seconds = listener.layer, 0.0
         for layout in layouts:
             logits = self._read(torch.tensor(prompt), layout, cache)
@@ -193,6 +197,11 @@ class Engine:
             keep = last.to(self.device) if len(last) else 1  # transformers takes 0 for all of them
             logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
         return logits
+
+    def _shape(self) -> Shape:
+        model = self.model.config
+        width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+        return Shape(self.num_layers, model.num_key_value_heads, width, self.model.dtype)
 
     def _step(self, token: int, cache: KVCache) -> Tensor:
         """One token more: every rank computes it against its own keys, one of them keeps its key. Logits (1 1 vocabulary)."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.mutations.kinds import CORE, Mutation, promise, unit
 
+STORAGE = "ringctx/runtime/storage.py"
+
 CALLS_AND_CACHES = (
     Mutation(
         "header_without_dtype",
@@ -71,11 +73,43 @@ CALLS_AND_CACHES = (
     ),
     Mutation(
         "cache_lost_page",
-        "ringctx/runtime/cache.py",
-        "grown[:, : self.count] = self.data",
-        "grown[:, : self.count - 1] = self.data[:, 1:]",
+        STORAGE,
+        "grown[: self.count] = self.data",
+        "grown[: self.count - 1] = self.data[1:]",
         "when memory grows, tokens move one place",
         unit("cache", "test_every_token_is_kept_once_where_the_layout_says"),
+    ),
+    Mutation(
+        "storage_halves",
+        STORAGE,
+        "codes[..., 0::2] | codes[..., 1::2] << 4",
+        "codes[..., 1::2] | codes[..., 0::2] << 4",
+        "the two numbers of a byte change places",
+        unit("storage", "test_four_bits_are_packed_two_to_a_byte_the_even_channel_low"),
+    ),
+    Mutation(
+        "storage_page_unkept",
+        STORAGE,
+        "originals[:, closed + (full - 1) * self.group :].clone()",
+        "originals[:, closed + full * self.group :].clone()",
+        "the originals of the last full page are thrown away, so no token of it can be dropped",
+        unit("storage", "test_the_open_page_and_the_one_before_can_be_dropped_token_by_token"),
+    ),
+    Mutation(
+        "storage_page_cut",
+        STORAGE,
+        "if count % self.group and count < start:",
+        "if count % self.group and count < 0:",
+        "a quantised page loses some of its tokens, and more than was asked are gone",
+        unit("storage", "test_a_quantised_page_is_not_cut"),
+    ),
+    Mutation(
+        "storage_one_step_for_all_channels",
+        STORAGE,
+        "x.aminmax(dim=shared, keepdim=True)",
+        "(t.expand_as(x.amin(dim=shared, keepdim=True)) for t in x.aminmax())",
+        "an outlier takes the precision of all other channels",
+        unit("storage", "test_no_number_is_further_off_than_half_a_step_of_its_group"),
     ),
     Mutation(
         "models_window",

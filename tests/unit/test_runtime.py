@@ -15,6 +15,7 @@ from ringctx.config import AttentionConfig, dump, parse
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
 from ringctx.runtime import device, weights
+from ringctx.runtime import engine as runtime_engine
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.engine import Engine, Listener, attention_of
 from ringctx.runtime.stream import Stream
@@ -162,6 +163,29 @@ def test_a_chunk_reads_only_the_keys_that_its_window_reaches(monkeypatch):
     monkeypatch.setattr(KVCache, "read", lambda *a: (found := read(*a), widths.append(found[0].shape[1]))[0])
     ours.generate("In the beginning " * 20, "Who?")
     assert max(widths) == 32 + 15 + 2
+
+
+def test_tokens_do_not_change_when_keys_and_values_lie_in_files(monkeypatch, tmp_path):
+    caches = []
+    monkeypatch.setattr(runtime_engine, "KVCache", lambda *given: caches.append(KVCache(*given)) or caches[-1])
+    document, short = "In the beginning " * 9, "generation.max_new_tokens=24"
+    in_memory = engine(short).generate(document, "Who?").tokens
+    assert engine(short, f"cache.spill={tmp_path}").generate(document, "Who?").tokens == in_memory
+    assert [(cache.bytes > 0, cache.mapped_bytes > 0) for cache in caches] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("storage", ["bf16", "int8", "int4"])
+def test_answers_are_made_from_keys_held_in_fewer_bytes(storage, tmp_path):
+    settings = ("generation.max_new_tokens=70", f"cache.storage={storage}")
+    tokens = engine(*settings).generate("In the beginning " * 9, "Who?").tokens
+    assert len(tokens) == 70
+    assert engine(*settings, f"cache.spill={tmp_path}").generate("In the beginning " * 9, "Who?").tokens == tokens
+
+
+def test_what_auto_chose_is_said(caplog):
+    with caplog.at_level("INFO", logger="ringctx"):
+        engine("generation.max_new_tokens=1", "cache.storage=auto", "cache.memory_gib=1").generate("A", "B")
+    assert "Keys and values are held in memory as model, the first that fits: 71 tokens on the fullest rank" in caplog.text
 
 
 def test_the_listener_hears_of_everything():
