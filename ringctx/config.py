@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -60,6 +61,48 @@ class LayoutConfig:
     """Tokens that go through the model at once, on all ranks together; bounds the memory of reading. null for the whole prompt."""
 
 
+_POSITIONS = {
+    "none": (), "pi": ("factor",), "ntk": ("factor",), "dynamic_ntk": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow"), "longrope": ("factor", "short", "long"),
+}  # fmt: skip
+"""The keys that each kind of attention.positions takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionsConfig:
+    """How rotary frequencies are rescaled for more tokens than the model was trained on."""
+
+    kind: Literal["none", "pi", "ntk", "dynamic_ntk", "yarn", "longrope"] = "none"
+    """none leaves the model's own; yarn is the usual choice without fine-tuning; the equations are in ringctx/methods/extend.py."""
+    factor: float | None = None
+    """How many times the trained length is to be served; dynamic_ntk stretches by the prompt and answer's length, faster with a factor."""
+    beta_fast: float = 32.0
+    """yarn: pairs of dims that turn so often within the trained length, or more often, are left alone."""
+    beta_slow: float = 1.0
+    """yarn: pairs of dims that turn so often, or less often, are interpolated."""
+    short: tuple[float, ...] = ()
+    """longrope: what each pair's frequency is divided by up to the trained length."""
+    long: tuple[float, ...] = ()
+    """longrope: what each pair's frequency is divided by beyond it."""
+
+    def __post_init__(self) -> None:
+        for key in dataclasses.fields(self):
+            if key.name not in ("kind", *_POSITIONS[self.kind]) and getattr(self, key.name) != key.default:
+                others = ", ".join(kind for kind, keys in _POSITIONS.items() if key.name in keys)
+                raise ConfigError(
+                    f"attention.positions.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
+                )
+        if self.kind != "none" and (self.factor is None or not 1 <= self.factor < math.inf):
+            given = "missing" if self.factor is None else self.factor
+            raise ConfigError(f"attention.positions.factor is {given}; {self.kind} needs at least 1, such as 4 for four times the length.")
+        if not 0 < self.beta_slow < self.beta_fast < math.inf:
+            raise ConfigError(
+                f"attention.positions.beta_slow is {self.beta_slow} and beta_fast is {self.beta_fast}; 0 < beta_slow < beta_fast."
+            )
+        if self.kind == "longrope" and not (self.short and self.long):
+            raise ConfigError("longrope needs attention.positions.short and .long, each a list of one number a pair of rotated dims.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:
     """What is attended, on top of the model's own (causal) attention."""
@@ -68,6 +111,8 @@ class AttentionConfig:
     """Keys that a token sees, itself included; null for all before it."""
     sinks: int = 0
     """First tokens of the sequence that all see in spite of the window."""
+    positions: PositionsConfig = field(default_factory=PositionsConfig)
+    """How the model reads on past its trained length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,11 +288,10 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         near = difflib.get_close_matches(str(value), choices, n=1)
         advice = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{name} is {value!r}; possible are {', '.join(choices)}.{advice}")
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{name} is {value!r}, {_kind(value)}; it must be a list, written [..., ...].")
-        return tuple(_value(typing.get_args(hint)[0], one, f"{name}[{n}]") for n, one in enumerate(value))
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    lists = [kind for kind in kinds if typing.get_origin(kind) is tuple]
+    if lists and isinstance(value, list):
+        return tuple(_value(typing.get_args(lists[0])[0], one, f"{name}[{n}]") for n, one in enumerate(value))
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) in kinds:
@@ -256,7 +300,15 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     raise ConfigError(f"{name} is {value!r}, {_kind(value)}; it must be {wanted}.")
 
 
-_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+    tuple[float, ...]: "a list of numbers",
+    tuple[str, ...]: "a list of texts, written [..., ...]",
+}
 
 
 def _kind(value: Any) -> str:

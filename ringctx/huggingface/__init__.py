@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringctx.huggingface.context import Cache, Context
-from ringctx.huggingface.families import FAMILIES, Family
-from ringctx.huggingface.wrap import unwrap, wrap
+from ringctx.huggingface.families import FAMILIES, Family, trained_of
+from ringctx.huggingface.wrap import turn, unwrap, wrap
 
-__all__ = ["FAMILIES", "Cache", "Context", "Family", "unwrap", "wrap"]
+__all__ = ["FAMILIES", "Cache", "Context", "Family", "trained_of", "turn", "unwrap", "wrap"]

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ringctx.errors import Unsupported
+from ringctx.methods.extend import Trained
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary types whose frequencies do not depend on how long the sequence is."""
@@ -67,6 +69,28 @@ def rotary_module(model: nn.Module) -> tuple[nn.Module, str, nn.Module]:
             f"supported types: {', '.join(STATIC_ROPE)}. Set rope_parameters in the checkpoint's config.json to one of them."
         )
     return parent, family.rotary, rotary
+
+
+def trained_of(model: nn.Module) -> Trained:
+    """What the model's rotary encoding was trained with, asked before it is wrapped.
+
+    Raises Unsupported when its frequencies are not plain powers of a base, because they were rescaled already.
+    """
+    _, _, rotary = rotary_module(model)
+    config, kind = _config(model), getattr(rotary, "rope_type", "default")
+    if kind != "default":
+        raise Unsupported(
+            f"The model's rotary frequencies are rescaled already (type {kind!r}), so they cannot be extended once more. "
+            "Leave attention.positions out, or set rope_type to 'default' in the checkpoint's config.json."
+        )
+    own = torch.as_tensor(rotary.inv_freq).float().cpu()
+    found = Trained(2 * len(own), float(config.rope_parameters["rope_theta"]), int(config.max_position_embeddings))
+    if not torch.allclose(own, torch.tensor(found.rotary.frequencies), rtol=1e-5, atol=0):
+        raise Unsupported(
+            f"The model's rotary frequencies are not the powers of its base {found.base:g}, so no method knows how to extend them. "
+            "Leave attention.positions out."
+        )
+    return found
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

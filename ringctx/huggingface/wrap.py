@@ -105,6 +105,18 @@ def wrap(
     return context
 
 
+def turn(model: nn.Module, encoding: Rotary) -> None:
+    """From now on every layer of the wrapped model that rotates does it by this encoding; layers without rotation stay without.
+
+    Keys that a cache holds rotated are not turned anew: call it before the prefill, on all ranks with the same encoding.
+    """
+    for module in attention_modules(model):
+        layer = module.ringctx
+        assert isinstance(layer, Layer)
+        if layer.asked.encoding is not None:
+            module.ringctx = Layer(layer.context, layer.index, replace(layer.asked, encoding=encoding), None)  # type: ignore[assignment]
+
+
 def unwrap(model: nn.Module) -> None:
     """Give the model its own attention and rotary module back."""
     parent: nn.Module = getattr(model, "base_model", model)

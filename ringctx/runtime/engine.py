@@ -15,11 +15,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ringctx.config import AttentionConfig, Config
+from ringctx.config import AttentionConfig, Config, PositionsConfig
 from ringctx.core.attention import Attention
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
-from ringctx.huggingface import Context, wrap
+from ringctx.huggingface import Context, trained_of, turn, wrap
+from ringctx.methods import extend
+from ringctx.methods.rotary import Rotary
 from ringctx.patterns import causal, sinks, window
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
@@ -80,7 +82,10 @@ class Listener:
 
 @dataclass
 class Engine:
-    """A wrapped model with its tokenizer, on this rank."""
+    """A wrapped model with its tokenizer, on this rank.
+
+    trained: what the rotary encoding was trained with where `attention.positions` extends it, else None.
+    """
 
     model: Any
     tokenizer: Any
@@ -88,6 +93,7 @@ class Engine:
     config: Config
     device: torch.device
     load_seconds: float = 0.0
+    trained: extend.Trained | None = None
     attention_seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -106,8 +112,10 @@ class Engine:
         dtype = dtype_of(config.model, device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+        known = trained_of(model) if config.attention.positions.kind != "none" else None
         context = wrap(model, ring, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
-        engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began)
+        engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
+        engine._extend(1)  # what this model cannot take is refused now, not after the prompt
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
         return engine
 
@@ -173,6 +181,7 @@ class Engine:
         storage, spill = choose(config.cache, max(rooms), self._shape())
         page, keep_rotated = config.cache.page, config.cache.keep_rotated
         cache = KVCache(self.num_layers, ring.rank, ring.size, page, keep_rotated, rooms[ring.rank], storage, spill)
+        self._extend(len(prompt) + config.generation.max_new_tokens)
         self.context.after_layer, self.context.seconds = listener.layer, 0.0
         for layout in layouts:
             logits = self._read(torch.tensor(prompt), layout, cache)
@@ -203,6 +212,14 @@ class Engine:
         width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
         return Shape(self.num_layers, model.num_key_value_heads, width, self.model.dtype)
 
+    def _extend(self, length: int) -> None:
+        """Turn positions as `attention.positions` says for a sequence of this many tokens, the answer's included.
+
+        It is the whole sequence's length, so ranks agree on it, and it holds for prefill and decode alike.
+        """
+        if self.trained is not None:
+            turn(self.model, encoding_of(self.config.attention.positions, self.trained, length))
+
     def _step(self, token: int, cache: KVCache) -> Tensor:
         """One token more: every rank computes it against its own keys, one of them keeps its key. Logits (1 1 vocabulary)."""
         index = cache.layout.length
@@ -226,10 +243,15 @@ class Engine:
         return set(ends) if isinstance(ends, list) else {ends}
 
     def _warn_if_long(self, num_tokens: int) -> None:
-        trained = getattr(self.model.config, "max_position_embeddings", None)
-        asked = num_tokens + self.config.generation.max_new_tokens
-        if trained and asked > trained:
-            logger.warning("Prompt and answer may take %d tokens, but the model was trained on %d; expect worse answers.", asked, trained)
+        length = getattr(self.model.config, "max_position_embeddings", None)
+        asked, positions = num_tokens + self.config.generation.max_new_tokens, self.config.attention.positions
+        if not length or positions.kind == "dynamic_ntk":  # it stretches as far as it is asked
+            return
+        if asked > length * (positions.factor or 1.0):
+            stretched = f" and stretched {positions.factor:g} times" if positions.factor else ""
+            logger.warning(
+                "Prompt and answer may take %d tokens, but the model was trained on %d%s; expect worse answers.", asked, length, stretched
+            )
 
     def _report(self, answer: str, tokens: list[int], prompt_tokens: int, seconds: Seconds) -> Answer:
         facts = {"memory": peak_memory(self.device), "sent": dict(self.ring.traffic.sent)}
@@ -251,3 +273,20 @@ def attention_of(config: AttentionConfig) -> Attention | None:
         return None
     seen = window(config.window) | sinks(config.sinks) if config.sinks else window(config.window)
     return Attention(pattern=causal() & seen)
+
+
+def encoding_of(config: PositionsConfig, known: extend.Trained, length: int) -> Rotary:
+    """How positions turn in a sequence of `length` tokens, the same on all ranks, for a model trained as `known` says."""
+    factor = config.factor or 1.0
+    match config.kind:
+        case "pi":
+            return extend.interpolated(known, factor)
+        case "ntk":
+            return extend.ntk(known, factor)
+        case "dynamic_ntk":
+            return extend.dynamic_ntk(known, factor, length)
+        case "yarn":
+            return extend.yarn(known, factor, config.beta_fast, config.beta_slow)
+        case "longrope":
+            return extend.longrope(known, factor, length, short=config.short, long=config.long)
+    return known.rotary

@@ -26,6 +26,9 @@ def test_what_is_dumped_is_read_back():
     config = parse("generation: {max_new_tokens: 7, stop: [a, 'b c'], prompt: 'Q {question} of {document}'}")
     assert config.generation.stop == ("a", "b c")
     assert parse(dump(config)) == config
+    config = parse("attention: {positions: {kind: longrope, factor: 2, short: [1, 1.5], long: [2, 3]}}")
+    assert (config.attention.positions.short, config.attention.positions.long) == ((1.0, 1.5), (2.0, 3.0))
+    assert parse(dump(config)) == config
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -61,10 +64,33 @@ def test_an_override_can_take_a_value_away():
         ("model: {", "the configuration is not valid YAML"),
         ("1: 2", "Line 1: the key 1 is a whole number; keys are words."),
         ("attention: {window: 0}", "attention.window is 0; it must be at least 1."),
+        ("attention: {positions: {kind: yran}}", "Did you mean 'yarn'?"),
+        ("attention: {positions: {kind: pi}}", "attention.positions.factor is missing; pi needs at least 1, such as 4"),
+        ("attention: {positions: {kind: ntk, factor: 0.5}}", "attention.positions.factor is 0.5; ntk needs at least 1"),
+        ("attention: {positions: {kind: ntk, factor: .nan}}", "attention.positions.factor is nan; ntk needs at least 1"),
+        (
+            "attention: {positions: {factor: 4}}",
+            "factor means nothing with kind none; leave it out, or set kind to pi, ntk, dynamic_ntk, yarn",
+        ),
+        (
+            "attention: {positions: {kind: pi, factor: 4, beta_slow: 2}}",
+            "beta_slow means nothing with kind pi; leave it out, or set kind to yarn",
+        ),
+        (
+            "attention: {positions: {kind: yarn, factor: 4, beta_slow: 40}}",
+            "beta_slow is 40.0 and beta_fast is 32.0; 0 < beta_slow < beta_fast.",
+        ),
+        (
+            "attention: {positions: {kind: longrope, factor: 4, short: [1]}}",
+            "longrope needs attention.positions.short and .long, each a list",
+        ),
+        ("attention: {positions: {short: [1, a]}}", "attention.positions.short[1] is 'a', text; it must be a number."),
+        ("attention: {positions: {short: 1}}", "attention.positions.short is 1, a whole number; it must be a list of numbers."),
+        ("attention: {positions: 4}", "attention.positions must be a block of keys, not a whole number."),
         ("attention: {sinks: 4}", "attention.sinks means nothing without attention.window; set a window or leave sinks out."),
         ("ring: {timeout: 0}", "ring.timeout is 0.0; it must be at least 0.001."),
         ("cache: {page: 0}", "cache.page is 0; it must be at least 1."),
-        ("generation: {stop: END}", "generation.stop is 'END', text; it must be a list, written [..., ...]."),
+        ("generation: {stop: END}", "generation.stop is 'END', text; it must be a list of texts, written [..., ...]."),
         ("generation: {stop: [END, 3]}", "generation.stop[1] is 3, a whole number; it must be text."),
         ("generation: {stop: ['']}", "generation.stop holds an empty text, which would end every answer before it begins; leave it out."),
         ("cache: {storage: int2}", "cache.storage is 'int2'; possible are model, bf16, int8, int4, auto."),

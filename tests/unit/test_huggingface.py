@@ -14,7 +14,8 @@ from ringctx.core.attention import Attention  # noqa: E402
 from ringctx.core.layout import Layout  # noqa: E402
 from ringctx.core.ring import Ring  # noqa: E402
 from ringctx.errors import ConfigError, LayoutError, Unsupported  # noqa: E402
-from ringctx.huggingface import FAMILIES, unwrap, wrap  # noqa: E402
+from ringctx.huggingface import FAMILIES, trained_of, turn, unwrap, wrap  # noqa: E402
+from ringctx.methods.rotary import Rotary  # noqa: E402
 from ringctx.patterns import causal, window  # noqa: E402
 from ringctx.runtime.cache import KVCache  # noqa: E402
 
@@ -148,6 +149,40 @@ def test_frequencies_that_depend_on_the_length_are_refused():
     model = tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0})
     with pytest.raises(Unsupported, match="rotary type is 'dynamic'.*supported types: default, linear, llama3, yarn"):
         wrap(model, Ring.alone())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_a_family_was_trained_with_is_its_own_rotation(kind):
+    model = tiny(kind)
+    trained, own = trained_of(model), model.model.rotary_emb.inv_freq
+    assert trained.rotary == Rotary(tuple(own.tolist()))
+    assert trained.length == 256
+
+
+def test_frequencies_that_were_rescaled_already_are_not_extended():
+    for rope in (YARN, LLAMA3):
+        with pytest.raises(Unsupported, match=f"rescaled already \\(type '{rope['rope_type']}'\\).*Leave attention.positions out"):
+            trained_of(tiny(rope_parameters=rope))
+    model = tiny()
+    model.model.rotary_emb.inv_freq /= 2
+    with pytest.raises(Unsupported, match="not the powers of its base 10000"):
+        trained_of(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "smollm3"])
+def test_turning_another_way_reaches_the_layers_that_rotate_and_no_other(kind):
+    model = tiny(kind)
+    trained = trained_of(model)
+    wrap(model, Ring.alone())
+    before = logits(model)
+    turn(model, Rotary(tuple(f / 2 for f in trained.rotary.frequencies), 1.5))
+    after = logits(model)
+    unwrap(model)
+    model.model.rotary_emb.inv_freq /= 2
+    model.model.rotary_emb.attention_scaling = 1.5
+    want = logits(model)
+    assert not torch.allclose(before, want, atol=1e-2)
+    assert_close(after, want, atol=2e-5 * float(want.abs().max()), rtol=0)
 
 
 def test_padding_is_refused_and_an_attention_mask_of_ones_is_not():
