@@ -170,11 +170,19 @@ class World:
         return Visit(owner, ranges, spans, rows, grads_from, grads_to)
 
 
+MOST_RUNS = 1024
+
+
 @lru_cache(maxsize=256)
-def wanted(patterns: tuple[Pattern, ...], layout: Layout, key_layout: Layout) -> tuple[Spans, ...]:
-    """For each owner, the local positions of its keys that at least one query of the layout sees under one of the patterns."""
+def wanted(patterns: tuple[Pattern, ...], layout: Layout, key_layout: Layout) -> tuple[Layout, tuple[Spans, ...]]:
+    """The keys that at least one query of the layout sees under one of the patterns: where they live, and each owner's positions.
+
+    Where an owner's would be more than MOST_RUNS runs, all of its keys: to cut them out would cost more than to carry them along.
+    """
     world, ranks = World(patterns, layout, key_layout), range(layout.size)
-    return tuple(union([world.needs(rank, owner) for rank in ranks]) for owner in ranks)
+    spans = tuple(union([world.needs(rank, owner) for rank in ranks]) for owner in ranks)
+    spans = tuple(some if len(some) <= MOST_RUNS else ((0, key_layout.count(owner)),) for owner, some in enumerate(spans))
+    return Layout(tuple(map(take, key_layout.spans, spans))), spans
 
 
 def path(rank: int, size: int, nodes: int) -> tuple[tuple[int, int, int], ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ringctx.core.attention import Attention
 from ringctx.core.decode import decode_attention
 from ringctx.core.entry import ring_attention
-from ringctx.core.layout import Layout, take
+from ringctx.core.layout import Layout
 from ringctx.core.plan import wanted
 from ringctx.core.ring import Ring
 from ringctx.core.tiles import Spans
@@ -38,8 +38,8 @@ class Cache(Protocol):
     def read(self, layer: int, spans: Spans | None = None) -> tuple[Tensor, Tensor]:
         """This rank's keys, before rotation, and values (b n g d), in the order of the layout's indices; or those at these positions."""
 
-    def encoded(self, layer: int, attention: Attention) -> Tensor | None:
-        """This rank's keys, rotated, or None where the cache does not keep them."""
+    def encoded(self, layer: int, attention: Attention, spans: Spans | None = None) -> Tensor | None:
+        """This rank's keys, rotated, or those at these positions; None where the cache does not keep them."""
 
 
 @dataclass
@@ -91,10 +91,8 @@ class Context:
         if self.cache is not None:
             self.cache.append(layer, own_k, own_v)
             if self.cache.layout != layout:  # a later chunk: the keys of the earlier ones are in the cache
-                patterns = tuple(pattern for _, pattern in attention.pattern.heads(q.shape[2]))
-                spans = wanted(patterns, layout, self.cache.layout)  # a window leaves most of them alone
-                key_layout = Layout(tuple(map(take, self.cache.layout.spans, spans)))
-                own_k, own_v = self.cache.read(layer, spans[self.ring.rank])
+                key_layout, spans = self._wanted(attention, q.shape[2], layout)
+                own_k, own_v = self.cache.read(layer, spans)
         where = partial(ring_attention, ring=self.ring, layout=layout, key_layout=key_layout)
         out = where(own_q, own_k, own_v, attention=attention, transport=self.transport, kernel=self.kernel)
         assert isinstance(out, Tensor)
@@ -105,14 +103,23 @@ class Context:
     def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         assert self.cache is not None
         self.cache.append(layer, k, v)
-        layout = self.cache.layout
-        keys, values = self.cache.read(layer)
-        rotated = self.cache.encoded(layer, attention)
+        new = range(self.cache.layout.length - q.shape[1], self.cache.layout.length)
+        key_layout, spans = self._wanted(attention, q.shape[2], Layout(((new,), *((),) * (self.ring.size - 1))))
+        if key_layout.length < new.stop:  # the newest key is not seen by itself, but decoding counts queries back from it
+            key_layout, spans = self.cache.layout, ((0, self.cache.layout.count(self.ring.rank)),)
+        keys, values = self.cache.read(layer, spans)
+        rotated = self.cache.encoded(layer, attention, spans)
         if rotated is not None and attention.encoding is not None:
-            positions = torch.arange(layout.length - q.shape[1], layout.length, device=q.device)
-            q, keys = attention.encoding.queries(q, positions), rotated
+            q, keys = attention.encoding.queries(q, torch.arange(new.start, new.stop, device=q.device)), rotated
             attention = replace(attention, encoding=None)
-        return decode_attention(q, keys, values, key_layout=layout, ring=self.ring, attention=attention)
+        return decode_attention(q, keys, values, key_layout=key_layout, ring=self.ring, attention=attention)
+
+    def _wanted(self, attention: Attention, num_heads: int, queries: Layout) -> tuple[Layout, Spans]:
+        """Of the cached keys those that these queries see: where they live, and this rank's positions. A window leaves most alone."""
+        assert self.cache is not None
+        patterns = tuple(pattern for _, pattern in attention.pattern.heads(num_heads))
+        key_layout, spans = wanted(patterns, queries, self.cache.layout)
+        return key_layout, spans[self.ring.rank]
 
     def _layout_of(self, num_tokens: int) -> Layout:
         """This call's layout. A rank that owns no token is fed one all the same, because transformers takes no empty input."""

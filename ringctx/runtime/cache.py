@@ -133,8 +133,11 @@ class KVCache:
         cache = self._layers[layer]
         return _read(cache.keys, spans), _read(cache.values, spans)
 
-    def encoded(self, layer: int, attention: Attention) -> Tensor | None:
-        """This rank's keys, rotated, (b n g d); only the new ones are computed. None when not kept or nothing rotates."""
+    def encoded(self, layer: int, attention: Attention, spans: Spans | None = None) -> Tensor | None:
+        """This rank's keys, rotated, (b n g d), or those at these positions. None when not kept or nothing rotates.
+
+        All that are new are rotated, once.
+        """
         cache = self._layers[layer]
         if cache.rotated is None or attention.encoding is None or attention.branches:
             return None
@@ -143,4 +146,4 @@ class KVCache:
             keys = cache.keys.read(done, count)
             indices = self._layout.indices(self.rank, keys.device)[done:]
             cache.rotated.write(attention.encoding.keys(keys, indices), max(self.room, count))
-        return cache.rotated.data
+        return _read(cache.rotated, spans)

@@ -9,9 +9,13 @@ from torch.testing import assert_close
 
 from ringctx.core.attention import Attention
 from ringctx.core.layout import Layout
+from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError, LayoutError
+from ringctx.huggingface import Context
 from ringctx.methods.rotary import Rotary
+from ringctx.patterns import causal, dilated, window
 from ringctx.runtime.cache import KVCache
+from ringctx.testing import dense
 
 ROTARY = Attention(encoding=Rotary((1.0, 0.1)))
 
@@ -124,3 +128,18 @@ def test_reading_before_the_prefill_is_a_sentence():
 def test_a_page_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="a page holds at least 1 token"):
         KVCache(1, 0, 1, page=0)
+
+
+@pytest.mark.parametrize("pattern", [causal(), causal() & window(3), causal() & ~window(2), causal() & dilated(3)], ids=str)
+def test_decoding_from_the_keys_that_are_seen_is_decoding_from_all(pattern):
+    """Also where the newest token does not see itself."""
+    context, attention = Context(Ring.alone()), Attention(pattern=pattern, encoding=Rotary((1.0, 0.1)))
+    q, k, v = torch.randn(3, 1, 12, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for keep_rotated in (True, False):
+        cache = KVCache(1, 0, 1, page=4, keep_rotated=keep_rotated)
+        cache.extend(Layout.contiguous(11, 1))
+        cache.append(0, k[:, :11], v[:, :11])
+        cache.grow()
+        with context.running(cache=cache, decoding=True):
+            out = context.attend(0, q[:, 11:], k[:, 11:], v[:, 11:], attention)
+        assert_close(out, dense(attention, q, k, v).out[:, 11:])

@@ -233,5 +233,7 @@ def test_a_chunk_wants_the_keys_that_its_queries_see(pattern: str, layout: str, 
     keys = LAYOUTS[layout](S, 3)
     queries = LAYOUTS[layout](S - begin, 3).shifted(begin)
     seen = PATTERNS[pattern].allows(torch.arange(begin, S), torch.arange(S)).any(0)
-    for rank, spans in enumerate(wanted((PATTERNS[pattern],), queries, keys)):
-        assert spans == spans_of(seen[keys.indices(rank)])
+    where, spans = wanted((PATTERNS[pattern],), queries, keys)
+    for rank in range(3):
+        assert spans[rank] == spans_of(seen[keys.indices(rank)])
+        assert where.indices(rank).tolist() == keys.indices(rank)[seen[keys.indices(rank)]].tolist()

@@ -268,3 +268,11 @@ def test_a_rank_other_than_0_may_be_the_one_that_makes_the_checkpoint(tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "made").iterdir()}
+
+
+def test_decoding_reads_only_the_keys_that_the_window_reaches(monkeypatch):
+    ours = engine("attention.window=16", "attention.sinks=2", "generation.max_new_tokens=5")
+    read, widths = KVCache.read, []
+    monkeypatch.setattr(KVCache, "read", lambda *a: (found := read(*a), widths.append(found[0].shape[1]))[0])
+    ours.generate("In the beginning " * 20, "Who?")
+    assert set(widths) == {16 + 2}
