@@ -216,16 +216,16 @@ class Engine:
             return None, 0
         if len(layouts) == 1:
             logger.warning("The prompt is one chunk, so a resumed run reads all of it again; set layout.chunk to read it in several.")
-        source, done = source_of(self.config, self.model, prompt, cache.storage), 0
-        saved = old = None
-        if resume is not None:
-            old = Snapshot.open(resume, source, self.ring, self.device)
+        source = source_of(self.config, self.model, prompt, cache.storage)
+        old = Snapshot.open(resume, source, self.ring, self.device) if resume is not None else None
+        saved = old
+        if save is None or old is None or save.resolve() != old.folder.resolve():
+            saved = Snapshot.new(save, source, self.ring, self.device) if save is not None else None
+        done = 0
+        if old is not None:
             done = sum(layout.length <= old.read for layout in layouts[:-1])
             old.load(cache, layouts[:done])
             logger.info("%d of %d tokens were read before.", cache.layout.length, len(prompt))
-        if save is not None:
-            is_same = old is not None and resume is not None and save.resolve() == resume.resolve()
-            saved = old if is_same else Snapshot.new(save, source, self.ring, self.device)
         return saved, done
 
     def _chunks(self, num_tokens: int) -> list[Layout]:

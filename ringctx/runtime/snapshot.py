@@ -156,7 +156,9 @@ class Snapshot:
         """Compare files with their SHA-256: each rank takes its share of them."""
         for part in self.parts[self.ring.rank :: self.ring.size]:
             if not (self.folder / part.file).is_file():
-                raise ConfigError(f"The snapshot in {str(self.folder)!r} lacks {part.file}; bring the file back, or read the document anew.")
+                raise ConfigError(
+                    f"The snapshot in {str(self.folder)!r} lacks {part.file}; bring the file back, or read the document anew."
+                )
             if _digest_of(self.folder / part.file) != part.sha256:
                 raise _damaged(self.folder, part.file)
 
