@@ -156,17 +156,12 @@ def test_a_flipped_byte_is_named(name, place, tmp_path):
 
 
 def test_every_byte_of_the_list_counts(tmp_path):
-    """A byte less, more or other is damage, or (white space between values) means the same."""
-    made = Snapshot.new(tmp_path, SOURCE, Ring.alone(), CPU)
-    made.save(filled(Layout.zigzag(5, 1), 0))
+    Snapshot.new(tmp_path, SOURCE, Ring.alone(), CPU).save(filled(Layout.zigzag(5, 1), 0))
     data = (tmp_path / snapshot.NAME).read_bytes()
-    want = snapshot._listed(tmp_path)
     for place in range(len(data)):
         (tmp_path / snapshot.NAME).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        try:
-            assert snapshot._listed(tmp_path) == want and data[place : place + 1].isspace()
-        except ConfigError as error:
-            assert "snapshot.json" in str(error)
+        with pytest.raises(ConfigError, match="snapshot.json of the snapshot in"):
+            snapshot._listed(tmp_path)
 
 
 def test_a_part_that_is_gone_is_named(tmp_path):
@@ -315,8 +310,7 @@ def test_what_some_ranks_saved_any_number_of_ranks_loads(tmp_path_factory, kind,
 
 
 def test_a_part_can_be_read_by_anyone(tmp_path):
-    made = Snapshot.new(tmp_path, SOURCE, Ring.alone(), CPU)
-    made.save(filled(Layout.zigzag(5, 1), 0))
+    Snapshot.new(tmp_path, SOURCE, Ring.alone(), CPU).save(filled(Layout.zigzag(5, 1), 0))
     (part,) = listed(tmp_path)["parts"]
     tensors = load_file(tmp_path / part["file"])
     assert set(tensors) == {"indices", *(f"{name}.{layer}" for name in ("keys", "values") for layer in range(3))}
