@@ -218,10 +218,10 @@ class Engine:
             logger.warning("The prompt is one chunk, so a resumed run reads all of it again; set layout.chunk to read it in several.")
         source = source_of(self.config, self.model, prompt, cache.storage)
         old = Snapshot.open(resume, source, self.ring, self.device) if resume is not None else None
-        saved = old
-        if save is None or old is None or save.resolve() != old.folder.resolve():
-            saved = Snapshot.new(save, source, self.ring, self.device) if save is not None else None
-        done = 0
+        saved, done = None, 0
+        if save is not None:
+            goes_on = old is not None and save.resolve() == old.folder.resolve()
+            saved = old if goes_on else Snapshot.new(save, source, self.ring, self.device)
         if old is not None:
             done = sum(layout.length <= old.read for layout in layouts[:-1])
             old.load(cache, layouts[:done])
