@@ -54,6 +54,8 @@ def ringctx(context: click.Context, verbose: bool) -> None:
 @click.option("--document", type=click.Path(path_type=Path), help="The text to read: .txt, or .gz of it.")
 @click.option("--question", help="What to ask about it.")
 @click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@click.option("--save", type=click.Path(file_okay=False, path_type=Path), help="Keep what is read in this folder, as a snapshot.")
+@click.option("--resume", type=click.Path(file_okay=False, path_type=Path), help="Go on with the snapshot in this folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line; the text streams to stderr.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
 @click.option("--print-config", is_flag=True, help="Print the configuration with its overrides, and stop.")
@@ -64,6 +66,8 @@ def generate(
     document: Path | None,
     question: str | None,
     ranks: int | None,
+    save: Path | None,
+    resume: Path | None,
     as_json: bool,
     overrides: tuple[str, ...],
     print_config: bool,
@@ -81,9 +85,10 @@ def generate(
     if not launch.is_rank() and (ranks or 1) > 1:
         return _launch(ranks or 1, loaded, typed)
     with _ring(loaded, ranks, typed.level) as ring:
+        from ringctx.runtime.engine import Folders
         from ringctx.runtime.terminal import answer
 
-        answer(loaded, ring, text, question, as_json=as_json, began=began)
+        answer(loaded, ring, text, question, as_json=as_json, began=began, folders=Folders(save=save, resume=resume))
     return 0
 
 

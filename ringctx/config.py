@@ -129,6 +129,8 @@ class CacheConfig:
     """A folder on a disk: keys and values lie in files there, gone when the run ends. With auto, only if nothing fits, in int8."""
     memory_gib: float | None = None
     """GiB that auto may fill with keys and values on each rank."""
+    save_every: int = 65536
+    """With --save: tokens read from one save to the next, rounded up to whole chunks; the end of the prompt is always saved."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,6 +174,7 @@ class Config:
             ("layout.chunk", self.layout.chunk, 1),
             ("cache.page", self.cache.page, 1),
             ("cache.memory_gib", self.cache.memory_gib, 0.001),
+            ("cache.save_every", self.cache.save_every, 1),
             ("generation.max_new_tokens", self.generation.max_new_tokens, 1),
         ):
             if value is not None and value < least:

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -27,6 +28,7 @@ from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
 from ringctx.runtime.sampling import Sampler
+from ringctx.runtime.snapshot import Snapshot, source_of
 from ringctx.runtime.stream import Stream
 from ringctx.runtime.talk import broadcast, share
 from ringctx.runtime.weights import checkpoint
@@ -80,11 +82,20 @@ class Listener:
     text: Callable[[str], None] = _nothing
 
 
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """Where what is read is kept while it is read (save), and where what was read before lies (resume); they may be the same."""
+
+    save: Path | None = None
+    resume: Path | None = None
+
+
 @dataclass
 class Engine:
     """A wrapped model with its tokenizer, on this rank.
 
     trained: what the rotary encoding was trained with where `attention.positions` extends it, else None.
+    num_resumed: tokens of the latest prompt that a snapshot held, so that they were not read.
     """
 
     model: Any
@@ -95,6 +106,7 @@ class Engine:
     load_seconds: float = 0.0
     trained: extend.Trained | None = None
     attention_seconds: dict[str, float] = field(default_factory=dict)
+    num_resumed: int = 0
 
     @classmethod
     def load(cls, config: Config, ring: Ring, *, began: float | None = None) -> Self:
@@ -139,10 +151,11 @@ class Engine:
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
     @torch.no_grad()
-    def generate(self, document: str, question: str, listener: Listener | None = None) -> Answer:
+    def generate(self, document: str, question: str, listener: Listener | None = None, folders: Folders = Folders()) -> Answer:
         """Prefill over the ring, then decode until the model ends its text, a stop string ends it or `max_new_tokens` are reached.
 
-        All ranks call it together, with the same text, and all return the same answer.
+        All ranks call it together, with the same text, and all return the same answer. folders: of snapshots; any number of
+        ranks goes on with what another number saved.
         """
         listener = listener or Listener()
         began = time.perf_counter()
@@ -153,7 +166,7 @@ class Engine:
         sampler = Sampler(**{name: getattr(self.config.generation, name) for name in chosen_by}, seen=set(prompt))
         stream = Stream(self.tokenizer, listener.text, self.config.generation.stop)
         prefill_began = time.perf_counter()
-        cache, logits = self._prefill(prompt, listener)
+        cache, logits = self._prefill(prompt, listener, folders)
         prefill_seconds = time.perf_counter() - prefill_began
         listener.prefilled()
         first_token_seconds, decode_began = 0.0, time.perf_counter()
@@ -171,23 +184,49 @@ class Engine:
         )
         return self._report(stream.close(), tokens, len(prompt), seconds)
 
-    def _prefill(self, prompt: list[int], listener: Listener) -> tuple[KVCache, Tensor]:
+    def _prefill(self, prompt: list[int], listener: Listener, folders: Folders = Folders()) -> tuple[KVCache, Tensor]:
         """The cache with this rank's share of the prompt, and the last token's logits (1 1 vocabulary) on every rank."""
         ring, config = self.ring, self.config
         layouts = self._chunks(len(prompt))
-        listener.began(len(prompt), len(layouts))
         answer = -(-config.generation.max_new_tokens // ring.size) + config.cache.page
         rooms = [sum(x.count(rank) for x in layouts) + answer for rank in range(ring.size)]
         storage, spill = choose(config.cache, max(rooms), self._shape())
         page, keep_rotated = config.cache.page, config.cache.keep_rotated
         cache = KVCache(self.num_layers, ring.rank, ring.size, page, keep_rotated, rooms[ring.rank], storage, spill)
         self._extend(len(prompt) + config.generation.max_new_tokens)
+        saved, done = self._resume(prompt, layouts, cache, folders)
+        self.num_resumed = cache.layout.length
+        listener.began(len(prompt) - self.num_resumed, len(layouts) - done)
         self.context.after_layer, self.context.seconds = listener.layer, 0.0
-        for layout in layouts:
+        for layout in layouts[done:]:
             logits = self._read(torch.tensor(prompt), layout, cache)
+            if saved and (layout is layouts[-1] or layout.length - saved.read >= config.cache.save_every):
+                saved.save(cache)
         self.context.after_layer = None
         self.attention_seconds["prefill"], self.context.seconds = self.context.seconds, 0.0
         return cache, broadcast(ring, logits.contiguous(), layouts[-1].owner(len(prompt) - 1), "the prompt's last logits")
+
+    def _resume(self, prompt: list[int], layouts: list[Layout], cache: KVCache, folders: Folders) -> tuple[Snapshot | None, int]:
+        """The snapshot to save in, and how many chunks were read before; their keys are put in the cache.
+
+        The last chunk is read again even when it was saved, because the prompt's last logits come out of it.
+        """
+        save, resume = folders.save, folders.resume
+        if save is None and resume is None:
+            return None, 0
+        if len(layouts) == 1:
+            logger.warning("The prompt is one chunk, so a resumed run reads all of it again; set layout.chunk to read it in several.")
+        source = source_of(self.config, self.model, prompt, cache.storage)
+        old = Snapshot.open(resume, source, self.ring, self.device) if resume is not None else None
+        saved, done = None, 0
+        if save is not None:
+            goes_on = old is not None and save.resolve() == old.folder.resolve()
+            saved = old if goes_on else Snapshot.new(save, source, self.ring, self.device)
+        if old is not None:
+            done = sum(layout.length <= old.read for layout in layouts[:-1])
+            old.load(cache, layouts[:done])
+            logger.info("%d of %d tokens were read before.", cache.layout.length, len(prompt))
+        return saved, done
 
     def _chunks(self, num_tokens: int) -> list[Layout]:
         """Where the tokens of each chunk live."""
@@ -260,7 +299,8 @@ class Engine:
         for rank in everyone:
             for kind, count in rank["sent"].items():
                 sent[kind] = sent.get(kind, 0) + count
-        speed = {"prefill": prompt_tokens / seconds.prefill, "decode": (len(tokens) - 1) / seconds.decode if len(tokens) > 1 else 0.0}
+        num_read = prompt_tokens - self.num_resumed
+        speed = {"prefill": num_read / seconds.prefill, "decode": (len(tokens) - 1) / seconds.decode if len(tokens) > 1 else 0.0}
         return Answer(
             answer=answer, tokens=tokens, prompt_tokens=prompt_tokens, ranks=self.ring.size, seconds=seconds,
             tokens_per_second=speed, bytes=sent, memory=[rank["memory"] for rank in everyone],

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ringctx.config import Config
 from ringctx.core.ring import Ring
-from ringctx.runtime.engine import Answer, Engine, Listener
+from ringctx.runtime.engine import Answer, Engine, Folders, Listener
 
 
 class PrefillBar:
@@ -46,11 +46,20 @@ class PrefillBar:
         self.progress.stop()
 
 
-def answer(config: Config, ring: Ring, document: str, question: str, *, as_json: bool, began: float | None = None) -> Answer:
+def answer(
+    config: Config,
+    ring: Ring,
+    document: str,
+    question: str,
+    *,
+    as_json: bool,
+    began: float | None = None,
+    folders: Folders = Folders(),
+) -> Answer:
     """Load, read, answer; on rank 0 stream the text, then print the summary and, with as_json, one JSON object."""
     engine = Engine.load(config, ring, began=began)
     if ring.rank:
-        return engine.generate(document, question)
+        return engine.generate(document, question, folders=folders)
     out: TextIO = sys.stderr if as_json else sys.stdout
     console = Console(stderr=True)
     bar = PrefillBar(engine.num_layers, console)
@@ -60,7 +69,8 @@ def answer(config: Config, ring: Ring, document: str, question: str, *, as_json:
         out.flush()
 
     try:
-        result = engine.generate(document, question, Listener(began=bar.start, layer=bar.layer, prefilled=bar.stop, text=write))
+        listener = Listener(began=bar.start, layer=bar.layer, prefilled=bar.stop, text=write)
+        result = engine.generate(document, question, listener, folders)
     finally:
         bar.stop()
     write("\n")
