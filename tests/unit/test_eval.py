@@ -14,19 +14,19 @@ from hypothesis import strategies as some
 
 transformers = pytest.importorskip("transformers")
 
-from ringctx.cli import main
-from ringctx.config import parse
-from ringctx.core.ring import Ring
-from ringctx.errors import ConfigError
-from ringctx.huggingface import FAMILIES, wrap
-from ringctx.patterns import causal, fixed, sinks, strided, window
-from ringctx.runtime import engine as runtime_engine
-from ringctx.runtime import weights
-from ringctx.runtime.engine import Engine, Listener
-from ringctx.tools.eval import Asked, check_out, needle, perplexity, report
-from ringctx.tools.eval.asked import Result
-from ringctx.tools.eval.density import density, pairs
-from tests.unit.test_huggingface import tiny
+from ringctx.cli import main  # noqa: E402
+from ringctx.config import parse  # noqa: E402
+from ringctx.core.ring import Ring  # noqa: E402
+from ringctx.errors import ConfigError  # noqa: E402
+from ringctx.huggingface import FAMILIES, wrap  # noqa: E402
+from ringctx.patterns import causal, fixed, sinks, strided, window  # noqa: E402
+from ringctx.runtime import engine as runtime_engine  # noqa: E402
+from ringctx.runtime import weights  # noqa: E402
+from ringctx.runtime.engine import Engine, Listener  # noqa: E402
+from ringctx.tools.eval import Asked, check_out, needle, perplexity, report  # noqa: E402
+from ringctx.tools.eval.asked import Result  # noqa: E402
+from ringctx.tools.eval.density import density, pairs  # noqa: E402
+from tests.unit.test_huggingface import tiny  # noqa: E402
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
 TEXT = " ".join(f"Verse {n} says that the number of waters is {n * n} and no more." for n in range(60))
@@ -65,9 +65,16 @@ def own_losses(model: Any, tokens: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("length", "overrides"),
-    [(2, ()), (3, ()), (301, ()), (257, ("layout.chunk=64",)), (256, ("layout.chunk=1000",)), (130, ("layout.kind=striped", "layout.chunk=37"))],
+    [
+        (2, ()),
+        (3, ()),
+        (301, ()),
+        (257, ("layout.chunk=64",)),
+        (256, ("layout.chunk=1000",)),
+        (130, ("layout.kind=striped", "layout.chunk=37")),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_perplexity_is_transformers_own_cross_entropy(length, overrides):
     ours = engine(*overrides)
     tokens = perplexity.tokens_of(ours, TEXT, length)
