@@ -139,6 +139,53 @@ def bench(
     return 0
 
 
+@ringctx.command("eval")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--task", type=click.Choice(["needle", "perplexity"]), required=True, help="Find a number in a text, or predict the text.")
+@click.option("--length", "lengths", type=click.IntRange(min=2), multiple=True, help="Tokens to read; for needles it may be repeated.")
+@click.option("--depth", "depths", type=click.FloatRange(0, 1), multiple=True, help="Where needles lie, 0 first, 1 last; may be repeated.")
+@click.option("--document", type=click.Path(path_type=Path), help="The text to read: .txt, or .gz of it; the King James Bible by default.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the numbers and where in the text the needles' surroundings begin."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="A folder for the rows as JSON and, of needles, a heat map (needs ringctx[plot])."
+)
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@click.pass_obj
+def evaluate(
+    typed: Typed,
+    config: Path,
+    task: str,
+    lengths: tuple[int, ...],
+    depths: tuple[float, ...],
+    document: Path | None,
+    seed: int,
+    out: Path | None,
+    ranks: int | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+) -> int:
+    """Measure what the model finds, or how well it predicts, by length."""
+    from ringctx.tools import eval as evaluation
+
+    loaded = configuration.load(config, overrides)
+    text = read_document(document or evaluation.SHIPPED)
+    asked = evaluation.Asked(task=task, text=text, lengths=lengths, depths=depths, seed=seed)
+    evaluation.check_out(asked, out)
+    if not launch.is_rank() and (ranks or 1) > 1:
+        return _launch(ranks or 1, loaded, typed)
+    with _ring(loaded, ranks, typed.level) as ring:
+        result = evaluation.measure(loaded, ring, asked)
+        if ring.rank == 0:
+            for path in evaluation.write(result, out) if out else ():
+                click.echo(f"Wrote {path}.", err=True)
+            click.echo(json.dumps(result.json(), ensure_ascii=False) if as_json else evaluation.text(result), nl=as_json)
+    return 0
+
+
 def read_document(path: Path) -> str:
     """The text of a .txt or .gz file. Raises ConfigError when it cannot be read or is empty."""
     try:

@@ -19,6 +19,7 @@ from ringctx.core.attention import Attention
 from ringctx.core.decode import decode_attention
 from ringctx.core.entry import ring_attention
 from ringctx.core.layout import Layout
+from ringctx.core.pattern import Pattern
 from ringctx.core.plan import wanted
 from ringctx.core.ring import Ring
 from ringctx.core.tiles import Spans
@@ -48,6 +49,7 @@ class Context:
 
     layout: where this call's tokens live; None while the ring is alone and the caller did not say, or during decode.
     after_layer: called with the layer's number when its attention is done (progress).
+    patterns: who saw whom in each layer's latest attention, the model's own windows included.
     """
 
     ring: Ring
@@ -57,6 +59,7 @@ class Context:
     cache: Cache | None = None
     decoding: bool = False
     after_layer: Callable[[int], None] | None = None
+    patterns: dict[int, Pattern] = field(default_factory=dict)
     seconds: float = field(default=0.0)
     """Spent inside attention, waiting for other ranks included (on CPUs; a GPU runs behind)."""
 
@@ -79,6 +82,7 @@ class Context:
         began = time.perf_counter()
         out = self._decode(layer, q, k, v, attention) if self.decoding else self._whole(layer, q, k, v, attention)
         self.seconds += time.perf_counter() - began
+        self.patterns[layer] = attention.pattern
         if self.after_layer:
             self.after_layer(layer)
         return out

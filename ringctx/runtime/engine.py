@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ringctx.config import AttentionConfig, Config, PositionsConfig
 from ringctx.core.attention import Attention
@@ -34,6 +35,9 @@ from ringctx.runtime.talk import broadcast, share
 from ringctx.runtime.weights import checkpoint
 
 logger = logging.getLogger(__name__)
+
+LOGIT_ROWS = 256
+"""Tokens whose logits exist at once while losses are counted: 50 MB in fp32 for a vocabulary of 49,152."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,17 +154,23 @@ class Engine:
         messages = [{"role": "user", "content": text}]
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
-    @torch.no_grad()
     def generate(self, document: str, question: str, listener: Listener | None = None, folders: Folders = Folders()) -> Answer:
         """Prefill over the ring, then decode until the model ends its text, a stop string ends it or `max_new_tokens` are reached.
 
         All ranks call it together, with the same text, and all return the same answer. folders: of snapshots; any number of
         ranks goes on with what another number saved.
         """
-        listener = listener or Listener()
         began = time.perf_counter()
+        return self.complete(self.prompt(document, question), listener, folders, began=began)
+
+    @torch.no_grad()
+    def complete(
+        self, prompt: list[int], listener: Listener | None = None, folders: Folders = Folders(), *, began: float | None = None
+    ) -> Answer:
+        """`generate` after a prompt of tokens; all ranks give the same ones. began: from which the first token's time counts."""
+        listener = listener or Listener()
+        began = time.perf_counter() if began is None else began
         self.ring.traffic.reset()
-        prompt = self.prompt(document, question)
         self._warn_if_long(len(prompt))
         chosen_by = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
         sampler = Sampler(**{name: getattr(self.config.generation, name) for name in chosen_by}, seen=set(prompt))
@@ -186,25 +196,70 @@ class Engine:
 
     def _prefill(self, prompt: list[int], listener: Listener, folders: Folders = Folders()) -> tuple[KVCache, Tensor]:
         """The cache with this rank's share of the prompt, and the last token's logits (1 1 vocabulary) on every rank."""
-        ring, config = self.ring, self.config
         layouts = self._chunks(len(prompt))
-        answer = -(-config.generation.max_new_tokens // ring.size) + config.cache.page
-        rooms = [sum(x.count(rank) for x in layouts) + answer for rank in range(ring.size)]
-        storage, spill = choose(config.cache, max(rooms), self._shape())
-        page, keep_rotated = config.cache.page, config.cache.keep_rotated
-        cache = KVCache(self.num_layers, ring.rank, ring.size, page, keep_rotated, rooms[ring.rank], storage, spill)
-        self._extend(len(prompt) + config.generation.max_new_tokens)
+        cache = self._begin(layouts, self.config.generation.max_new_tokens)
         saved, done = self._resume(prompt, layouts, cache, folders)
         self.num_resumed = cache.layout.length
         listener.began(len(prompt) - self.num_resumed, len(layouts) - done)
         self.context.after_layer, self.context.seconds = listener.layer, 0.0
         for layout in layouts[done:]:
             logits = self._read(torch.tensor(prompt), layout, cache)
-            if saved and (layout is layouts[-1] or layout.length - saved.read >= config.cache.save_every):
+            if saved and (layout is layouts[-1] or layout.length - saved.read >= self.config.cache.save_every):
                 saved.save(cache)
         self.context.after_layer = None
         self.attention_seconds["prefill"], self.context.seconds = self.context.seconds, 0.0
-        return cache, broadcast(ring, logits.contiguous(), layouts[-1].owner(len(prompt) - 1), "the prompt's last logits")
+        return cache, broadcast(self.ring, logits.contiguous(), layouts[-1].owner(len(prompt) - 1), "the prompt's last logits")
+
+    @torch.no_grad()
+    def losses(self, tokens: list[int], listener: Listener | None = None) -> tuple[Tensor, Tensor]:
+        """How well each of this rank's tokens i predicts token i + 1, which may live on another rank.
+
+        Returns their indices (s,) int64 and -log p of what follows them (s,) float32, both on the engine's device; the
+        sequence's last token is left out. All ranks call it together, with the same tokens, of which there are at least 2.
+        """
+        layouts = self._chunks(len(tokens))
+        cache, listener = self._begin(layouts, 0), listener or Listener()
+        listener.began(len(tokens), len(layouts))
+        self.context.after_layer, self.context.seconds = listener.layer, 0.0
+        whole = torch.tensor(tokens)
+        parts = [self._losses(whole, layout, cache) for layout in layouts]
+        self.context.after_layer = None
+        indices, losses = zip(*parts, strict=True)
+        return torch.cat(indices), torch.cat(losses)
+
+    def _losses(self, tokens: Tensor, layout: Layout, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """One chunk of `losses`. Labels are shifted on the whole sequence, and logits exist for LOGIT_ROWS tokens at a time."""
+        cache.extend(layout)
+        indices, inputs = self._inputs(tokens, layout)
+        with self.context.running(layout, cache):
+            hidden = self.model.base_model(**inputs, use_cache=False)
+            indices = indices[indices + 1 < len(tokens)]  # only the sequence's last token drops out, and it lies last
+            labels = tokens[indices + 1].to(self.device)
+            losses = [labels.new_empty(0, dtype=torch.float32)]
+            for a in range(0, len(labels), LOGIT_ROWS):
+                logits = self._logits(hidden, slice(a, min(a + LOGIT_ROWS, len(labels))))
+                losses.append(cross_entropy(logits.float(), labels[a : a + LOGIT_ROWS], reduction="none"))
+        return indices.to(self.device), torch.cat(losses)
+
+    def _logits(self, hidden: Any, rows: slice) -> Tensor:
+        """The logits (n vocabulary) of some rows of the body's output, by the model's own code: some cap or scale them."""
+        body, part = self.model.base_model, type(hidden)(last_hidden_state=hidden.last_hidden_state[:, rows])
+        body.forward = lambda *_, **__: part
+        try:
+            logits: Tensor = self.model(inputs_embeds=part.last_hidden_state, use_cache=False).logits
+        finally:
+            del body.forward
+        return logits[0]
+
+    def _begin(self, layouts: list[Layout], num_new: int) -> KVCache:
+        """An empty cache with room for these tokens and num_new after them; positions are set for as many."""
+        ring, config, num_tokens = self.ring, self.config, layouts[-1].length
+        more = -(-num_new // ring.size) + config.cache.page
+        rooms = [sum(x.count(rank) for x in layouts) + more for rank in range(ring.size)]
+        storage, spill = choose(config.cache, max(rooms), self._shape())
+        self._extend(num_tokens + num_new)
+        page, keep_rotated = config.cache.page, config.cache.keep_rotated
+        return KVCache(self.num_layers, ring.rank, ring.size, page, keep_rotated, rooms[ring.rank], storage, spill)
 
     def _resume(self, prompt: list[int], layouts: list[Layout], cache: KVCache, folders: Folders) -> tuple[Snapshot | None, int]:
         """The snapshot to save in, and how many chunks were read before; their keys are put in the cache.
@@ -236,15 +291,18 @@ class Engine:
     def _read(self, prompt: Tensor, layout: Layout, cache: KVCache) -> Tensor:
         """One chunk through the model; its keys go to the cache. The logits of the chunk's last token, on the rank that owns it."""
         cache.extend(layout)
-        indices = layout.indices(self.ring.rank)
-        if not len(indices):  # transformers takes no empty input; attention leaves this token out again
-            indices = torch.zeros(1, dtype=torch.int64)
-        ids, positions = prompt[indices].to(self.device)[None], indices.to(self.device)[None]
+        indices, inputs = self._inputs(prompt, layout)
         last = (indices == layout.length - 1).nonzero()[:, 0]
         with self.context.running(layout, cache):
             keep = last.to(self.device) if len(last) else 1  # transformers takes 0 for all of them
-            logits: Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+            logits: Tensor = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
         return logits
+
+    def _inputs(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+        """The indices (s,) of this rank's tokens and what the model takes of them."""
+        own = layout.indices(self.ring.rank)
+        fed = own if len(own) else torch.zeros(1, dtype=torch.int64)  # transformers takes no empty input; attention leaves it out again
+        return own, {"input_ids": tokens[fed].to(self.device)[None], "position_ids": fed.to(self.device)[None]}
 
     def _shape(self) -> Shape:
         model = self.model.config
