@@ -1,1 +1,1 @@
-"""What people run beside the job: benchmarks, planner, pictures, doctor."""
+"""What people run beside the job: benchmarks, evaluations, planner, pictures, doctor."""

@@ -19,6 +19,7 @@ PACKAGES = {
     "transformers": "`ringctx generate` and wrapped models; pip install 'ringctx[huggingface]'",
     "gguf": "fetching SmolLM2 by name; pip install 'ringctx[huggingface]'",
     "accelerate": "fetching SmolLM2 by name; pip install 'ringctx[huggingface]'",
+    "matplotlib": "pictures of `ringctx eval --out`; pip install 'ringctx[plot]'",
     "deepspeed": "training under DeepSpeed; pip install 'ringctx[deepspeed]'",
     "flash_attn": "the flash kernel on GPUs; pip install 'ringctx[flash]'",
 }

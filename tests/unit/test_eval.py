@@ -131,6 +131,21 @@ def test_a_needle_lies_at_its_depth_in_a_prompt_of_the_asked_length(length, dept
     assert (planted.text[:at] + planted.text[at + len(sentence) + 1 :]).strip() in TEXT
 
 
+def test_tokens_of_many_characters_fill_the_asked_length_too():
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=alphabet))
+    ours = engine()
+    ours.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made)  # without a chat template
+    for length in range(160, 480, 7):
+        planted = needle.plant(ours, TEXT, length, 0.5, seed=length)
+        assert length - needle.SLACK <= len(planted.prompt) <= length
+        assert planted.prompt[-len(made.encode(needle.BEGINNING).ids) + 2 :] == made.encode(needle.BEGINNING).ids[2:]
+
+
 def test_numbers_and_places_depend_on_seed_length_and_depth_alone():
     ours = engine()
     made = {where: needle.plant(ours, TEXT, *where) for where in ((300, 0.5, 0), (300, 0.5, 1), (300, 0.0, 0), (301, 0.5, 0))}

@@ -21,8 +21,8 @@ PROTOCOL = (
 )
 ANSWER_TOKENS = 8
 """Enough for a space and five digits, however they are split."""
-SLACK, TRIES = 8, 12
-"""Tokens by which a prompt may be shorter than asked, and how often it is made before that counts as impossible."""
+SLACK = 8
+"""Tokens by which a prompt may be shorter than asked: one character more may be worth more than one token."""
 SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)")
 
 
@@ -77,15 +77,16 @@ def plant(engine: Engine, text: str, length: int, depth: float, seed: int) -> Pl
     ratio = len(sample) / len(engine.tokenizer(sample, add_special_tokens=False).input_ids)  # characters a token
     text = text[_start(text, draw, round(1.1 * ratio * (length - frame))) :]
     best, width = Planted(_prompt(engine, needle), needle, number), round(ratio * (length - frame))
-    for _ in range(TRIES):
+    fits, over = 0, len(text) + 1  # characters that fit, and that do not
+    while over - fits > 1 and len(best.prompt) < length:
+        width = min(max(width, fits + 1), over - 1)
         around = hide(needle, text[:width], depth)
         prompt = _prompt(engine, around)
-        missing = length - len(prompt)
-        if missing >= 0 and len(prompt) >= len(best.prompt):
-            best = Planted(prompt, around, number)
-        if missing == 0 or (missing > 0 and width >= len(text)):
-            break
-        width = max(width + (round(missing * ratio) if abs(missing) > SLACK else (missing > 0) - (missing < 0)), 0)
+        if len(prompt) <= length:
+            best, fits = Planted(prompt, around, number), width
+        else:
+            over = width
+        width += round(ratio * (length - len(prompt)))
     if length - len(best.prompt) > SLACK:
         raise ConfigError(
             f"--length {length} needs more text than the document has: its {len(text):,} characters make a prompt of "
