@@ -117,12 +117,18 @@ class HeadGroupExchange:
             for view, item in zip(packed.views, items, strict=True):
                 _pick_up(item.x, item.trade.places[m], view)
         pending = self._trade(what, come, leave)
-        own = [item.x.new_empty(_shape(item, item.trade.counts[self.me], self.me)[0]) for item in items]
-        for view, item in zip(own, items, strict=True):
-            _pick_up(item.x, item.trade.places[self.me], view)
+        wholes = [(item.x.new_zeros if item.shared else item.x.new_empty)(item.whole_shape(self.me)) for item in items]
+        for whole, item in zip(wholes, items, strict=True):
+            _pick_up(item.x, item.trade.places[self.me], whole[:, :, item.heads[self.me].start : item.heads[self.me].stop])
         pending.wait()
-        blocks = [own if m == self.me else come[m].views for m in range(self.members)]
-        return [_join(item.heads, [some[n] for some in blocks]) for n, item in enumerate(items)]
+        for m, packed in come.items():
+            for whole, item, block in zip(wholes, items, packed.views, strict=True):
+                theirs = whole[:, :, item.heads[m].start : item.heads[m].stop]
+                if item.shared:
+                    theirs += block
+                else:
+                    theirs.copy_(block)
+        return wholes
 
     def _trade(self, what: str, come: dict[int, Packed], leave: dict[int, Packed]) -> Pending:
         messages = lambda parts: [Message(self.first + m, (packed.bytes,)) for m, packed in parts.items()]
@@ -144,17 +150,6 @@ def _shape(item: Traded, tokens: int, member: int) -> tuple[tuple[int, ...], tor
     """Of so many tokens with one member's heads."""
     x = item.x
     return (x.shape[0], tokens, len(item.heads[member]), *x.shape[3:]), x.dtype, x.device
-
-
-def _join(heads: tuple[range, ...], blocks: list[Tensor]) -> Tensor:
-    """All heads (b s h .) from every member's (b s h' .)."""
-    num_heads = heads[-1].stop  # the last member always has some
-    if sum(map(len, heads)) == num_heads:
-        return torch.cat(blocks, 2)
-    whole = blocks[0].new_zeros(*blocks[0].shape[:2], num_heads, *blocks[0].shape[3:])
-    for block, some in zip(blocks, heads, strict=True):
-        whole[:, :, some.start : some.stop] += block
-    return whole
 
 
 def _lay(whole: Tensor, block: Tensor, runs: Ranges) -> None:

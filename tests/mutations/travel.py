@@ -136,8 +136,8 @@ TRAVEL = (
     Mutation(
         "shared_key_heads",
         CORE + "heads.py",
-        "some.start : some.stop] += block",
-        "some.start : some.stop] = block",
+        "theirs += block",
+        "theirs.copy_(block)",
         "a key head on several ranks gets one rank's gradient instead of their sum",
         exact("heads"),
     ),
