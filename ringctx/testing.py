@@ -27,9 +27,6 @@ LOGITS_AT_ONCE = 2**23
 GRADIENT_FLOOR = 1e-3
 """A gradient's error is relative to the larger of its own norm and this share of the norm of `dout`."""
 
-PARAM_FLOOR = 1e-2
-"""The same for a parameter: all rows pull on one number, this way and that, and each brings the rounding of its own `out`."""
-
 
 @dataclass(frozen=True)
 class Dense:
@@ -169,8 +166,7 @@ def error(x: Tensor, reference: Tensor, floor: float = 0.0) -> float:
 def errors(reference: Dense, *, dout: Tensor | None = None, dparams: Sequence[Tensor] = (), **got: Tensor) -> dict[str, float]:
     """The `error` of each named tensor: out, lse, dq, dk, dv, and dparams as dparams0, dparams1 ...
 
-    A gradient's is relative to at least GRADIENT_FLOOR x ||dout||, a parameter's to PARAM_FLOOR x ||dout||.
-    Rows that see nothing must have out exactly 0.
+    A gradient's is relative to at least GRADIENT_FLOOR x ||dout||. Rows that see nothing must have out exactly 0.
     """
     size = 0.0 if dout is None else float(dout.detach().double().norm())
     found = {}
@@ -182,7 +178,7 @@ def errors(reference: Dense, *, dout: Tensor | None = None, dparams: Sequence[Te
     if "out" in got and bool(got["out"].detach()[reference.lse.isneginf()].any()):
         found["out"] = float("inf")
     for n, (x, expected) in enumerate(zip(dparams, reference.dparams, strict=bool(dparams))):
-        found[f"dparams{n}"] = error(x, expected, PARAM_FLOOR * size)
+        found[f"dparams{n}"] = error(x, expected, GRADIENT_FLOOR * size)
     return found
 
 

@@ -19,3 +19,11 @@ def pool() -> Iterator[Pool]:
     """Gloo ranks, started when the first job is run and shared by all tests of the session."""
     with Pool() as ranks:
         yield ranks
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

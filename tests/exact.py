@@ -19,14 +19,17 @@ from typing import Any
 
 import torch
 
+from ringctx.kernels.sdpa import _compute_dtype
 from tests.cases import TOLERANCE, Case, compare, on_rank, oracle, problem
 from tests.grid import grid, half, long
 from tests.pool import Pool
 from tests.single import single_call
 
-HALF_FACTOR = 2**0.5
-"""How much worse than one call of torch's own kernel in the same dtype an answer in half precision may be: parts are rounded to
-that dtype before they are summed, one rounding more. tests/ranks/test_half_precision.py is stricter, on long causal sequences."""
+HALF_FACTORS = {"out": 1.15, "dq": 1.1, "dk": 1.0, "dv": 1.0}
+"""How much worse than one call of torch's own kernel in the same dtype an answer in half precision may be."""
+ROUNDED_PARTS = 2**0.5
+"""The same where the CPU computes in that dtype: parts are rounded to it before they are summed, one rounding more. Long causal
+sequences are held to HALF_FACTORS there too, in tests/ranks/test_half_precision.py."""
 
 
 def judge(pool: Pool, case: Case) -> dict[str, Any]:
@@ -45,7 +48,10 @@ def judge(pool: Pool, case: Case) -> dict[str, Any]:
     if case.dtype in TOLERANCE:
         bounds = dict.fromkeys(found, TOLERANCE[case.dtype])
     else:
-        bounds = {name: HALF_FACTOR * error for name, error in single_call(given, reference).items()}
+        is_native = _compute_dtype(given.q.dtype) == given.q.dtype
+        bounds = {
+            name: (ROUNDED_PARTS if is_native else HALF_FACTORS[name]) * error for name, error in single_call(given, reference).items()
+        }
         found = {name: found[name] for name in bounds}
     return {"errors": found, "bounds": bounds}
 

@@ -20,13 +20,7 @@ from ringctx.runtime.cache import KVCache
 from ringctx.runtime.engine import Engine, Listener, attention_of
 from ringctx.runtime.stream import Stream
 
-
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    """A cache folder of this module's own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def engine(*overrides: str) -> Engine:
