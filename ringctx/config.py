@@ -7,20 +7,17 @@ not here: the launcher owns it.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import yaml
 
 from ringctx.errors import ConfigError
+from ringctx.strict import StrictLoader, build, kind_of, override
 
-Block = TypeVar("Block")
 LEAST_SHARED = 16
 """Tokens of a page below which int8 keys would not be much smaller than bf16: a page's step and zero point are 8 bytes a channel."""
 
@@ -212,108 +209,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse(text: str, overrides: Sequence[str] = (), *, source: str = "the configuration") -> Config:
     """A Config from YAML text. `source` is how messages call it."""
     try:
-        data = yaml.load(text, Loader=_StrictLoader)
+        data = yaml.load(text, Loader=StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
     data = {} if data is None else data
     if not isinstance(data, dict):
-        raise ConfigError(f"{source} must hold blocks (model:, ring:, …), not {_kind(data)}.")
-    for override in overrides:
-        _override(data, override)
-    return _build(Config, data, "")
+        raise ConfigError(f"{source} must hold blocks (model:, ring:, …), not {kind_of(data)}.")
+    for one in overrides:
+        override(data, one)
+    return build(Config, data, "")
 
 
 def dump(config: Config) -> str:
     """The configuration as YAML that `parse` reads back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """safe_load that refuses a key written twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise ConfigError(f"Line {key_node.start_mark.line + 1}: the key {key!r} is {_kind(key)}; keys are words.")
-            if key in seen:
-                raise ConfigError(f"Line {key_node.start_mark.line + 1}: the key {key!r} is written twice; keep one.")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _override(data: dict[str, Any], text: str) -> None:
-    """Apply one `key.sub=value`; the value is read as YAML."""
-    path, equals, value = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {text!r} cannot be read; write --set key.sub=value, for example --set attention.window=4096.")
-    try:
-        parsed = yaml.load(value, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: the value is not valid YAML; put quotes around text with special signs.") from error
-    for depth, key in enumerate(keys[:-1]):
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"--set {text!r}: {'.'.join(keys[: depth + 1])} is a value, not a block.")
-    data[keys[-1]] = parsed
-
-
-def _build(block: type[Block], data: Any, name: str) -> Block:
-    """An instance of the dataclass from a mapping, checking keys and types."""
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{name} must be a block of keys, not {_kind(data)}.")
-    hints = typing.get_type_hints(block)
-    for key in data:
-        if key not in hints:
-            raise ConfigError(_unknown(f"{name}.{key}".lstrip("."), key, list(hints)))
-    values = {key: _value(hints[key], value, f"{name}.{key}".lstrip(".")) for key, value in data.items()}
-    return block(**values)
-
-
-def _unknown(path: str, key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    advice = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(known)}."
-    return f"There is no key {path!r}; {advice}"
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    """The value if it fits the type hint (an int fits a float); raises ConfigError otherwise."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, name)
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value in choices:
-            return value
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        advice = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{name} is {value!r}; possible are {', '.join(choices)}.{advice}")
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    lists = [kind for kind in kinds if typing.get_origin(kind) is tuple]
-    if lists and isinstance(value, list):
-        return tuple(_value(typing.get_args(lists[0])[0], one, f"{name}[{n}]") for n, one in enumerate(value))
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) in kinds:
-        return value
-    wanted = " or ".join(_NAMES[kind] for kind in kinds)
-    raise ConfigError(f"{name} is {value!r}, {_kind(value)}; it must be {wanted}.")
-
-
-_NAMES: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    type(None): "null",
-    tuple[float, ...]: "a list of numbers",
-    tuple[str, ...]: "a list of texts, written [..., ...]",
-}
-
-
-def _kind(value: Any) -> str:
-    """What a value is, in words."""
-    return {list: "a list", dict: "a block", **_NAMES}.get(type(value), type(value).__name__)
