@@ -85,7 +85,7 @@ def generate(
     if not launch.is_rank() and (ranks or 1) > 1:
         return _launch(ranks or 1, loaded, typed)
     with _ring(loaded, ranks, typed.level) as ring:
-        from ringctx.runtime.engine import Folders
+        from ringctx.runtime.answer import Folders
         from ringctx.runtime.terminal import answer
 
         answer(loaded, ring, text, question, as_json=as_json, began=began, folders=Folders(save=save, resume=resume))

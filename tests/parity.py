@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,24 +92,21 @@ def ours(dtype: str, lengths: list[int]) -> None:
 
 def _recorded(engine: Engine, prompt: list[int]) -> tuple[Tensor, Tensor]:
     kept: list[Tensor] = []
-    prefill, step = engine._prefill, engine._step
+    rest, step = engine._rest, engine._step
 
-    def kept_prefill(*arguments: Any) -> Any:
-        cache, logits = prefill(*arguments)
-        kept.append(logits[0, -1].float())
-        return cache, logits
+    def keeping(act: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def kept_too(*arguments: Any) -> Tensor:
+            logits = act(*arguments)
+            kept.append(logits[0, -1].float())
+            return logits
 
-    def kept_step(*arguments: Any) -> Any:
-        logits = step(*arguments)
-        kept.append(logits[0, -1].float())
-        return logits
+        return kept_too
 
-    engine.prompt = lambda *_: prompt  # type: ignore[method-assign]
-    engine._prefill, engine._step = kept_prefill, kept_step  # type: ignore[method-assign]
+    engine._rest, engine._step = keeping(rest), keeping(step)  # type: ignore[method-assign]
     try:
-        answer = engine.generate("", "")
+        answer = engine.complete(prompt, num_read=len(prompt) // 2)
     finally:
-        engine._prefill, engine._step = prefill, step  # type: ignore[method-assign]
+        engine._rest, engine._step = rest, step  # type: ignore[method-assign]
     return torch.tensor(answer.tokens), torch.stack(kept)
 
 

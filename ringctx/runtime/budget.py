@@ -38,7 +38,7 @@ def num_bytes(kind: str, tokens: int, shape: Shape, page: int, *, keep_rotated: 
     codes = shape.heads * -(-shape.width * BITS[kind] // 8)
     keys = tokens // page * (page * codes + numbers * SCALES)
     values = capacity * (codes + shape.heads * SCALES)
-    originals = 2 * page * numbers * shape.dtype.itemsize  # of the last full page, the open one, and one token of the values
+    originals = (page - 1) * numbers * shape.dtype.itemsize  # of the open page of keys
     return shape.layers * (keys + values + originals)
 
 

@@ -16,7 +16,7 @@ from ringctx.core.attention import Attention
 from ringctx.core.layout import Layout
 from ringctx.core.tiles import Spans
 from ringctx.errors import ConfigError, LayoutError
-from ringctx.runtime.storage import Store, open_store
+from ringctx.runtime.storage import Mark, Store, open_store
 
 PAGE = 64
 """Tokens a page: memory grows by it, and a new page goes to the next rank."""
@@ -40,6 +40,15 @@ class _LayerCache:
     def stores(self) -> list[Store]:
         """All that there are."""
         return [store for store in (self.keys, self.values, self.rotated) if store is not None]
+
+
+@dataclass(frozen=True)
+class CacheMark:
+    """Where a cache stood: the layout of its keys, the tokens it had grown by, and each layer's keys and values."""
+
+    layout: Layout
+    grown: int
+    stores: tuple[tuple[Mark, Mark], ...]
 
 
 @dataclass
@@ -117,6 +126,19 @@ class KVCache:
     def next_owner(self) -> int:
         """The rank that keeps the next token."""
         return self._grown // self.page % self.size
+
+    def mark(self) -> CacheMark:
+        """Where it stands now, for `restore`."""
+        return CacheMark(self._layout, self._grown, tuple((layer.keys.mark(), layer.values.mark()) for layer in self._layers))
+
+    def restore(self, mark: CacheMark) -> None:
+        """Drop what came after the mark, exactly: another question can be asked of what was read before it."""
+        self._layout, self._grown, self._keep = mark.layout, mark.grown, slice(0, 0)
+        for layer, (keys, values) in zip(self._layers, mark.stores, strict=True):
+            layer.keys.restore(keys)
+            layer.values.restore(values)
+            if layer.rotated is not None:
+                layer.rotated.restore(Mark(min(layer.rotated.count, keys.count), None))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keep what belongs to this rank of this call's k, v (b n g d)."""

@@ -6,28 +6,28 @@ document -> tokens -> layout -> ring prefill, keys stay where they are -> decode
 from __future__ import annotations
 
 import logging
-import re
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from ringctx.config import AttentionConfig, Config, PositionsConfig
-from ringctx.core.attention import Attention
+from ringctx.config import Config, GenerationConfig
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
+from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, trained_of, turn, wrap
 from ringctx.methods import extend
-from ringctx.methods.rotary import Rotary
-from ringctx.patterns import causal, sinks, window
+from ringctx.runtime.answer import Answer, Folders, Listener, Seconds
+from ringctx.runtime.asked import attention_of, encoding_of
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
+from ringctx.runtime.prompts import Prompts
 from ringctx.runtime.sampling import Sampler
 from ringctx.runtime.snapshot import Snapshot, source_of
 from ringctx.runtime.stream import Stream
@@ -36,62 +36,23 @@ from ringctx.runtime.weights import checkpoint
 
 logger = logging.getLogger(__name__)
 
-LOGIT_ROWS = 256
-"""Tokens whose logits exist at once while losses are counted: 50 MB in fp32 for a vocabulary of 49,152."""
+QUESTION_ROOM = 1_024
+"""Tokens that a question may take where nobody says; longer ones work, but memory grows for them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seconds:
-    """Where the time went. first_token counts from the document's text to the first token."""
+@dataclass
+class Reading:
+    """Tokens that were read, with their keys in this rank's cache: what any number of answers go on from.
 
-    load: float
-    prefill: float
-    first_token: float
-    decode: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What `ringctx generate --json` prints; the keys are pinned by a test.
-
-    tokens: the answer's token ids, those of the stop string or the end of text included. bytes: sent by all ranks, by kind.
-    memory: peak bytes of each rank.
+    length: tokens of the sequence for which positions are turned, the question's and the answer's included.
+    num_resumed: how many of the tokens a snapshot held, so that they were not read. seconds: what reading the others took.
     """
 
-    answer: str
     tokens: list[int]
-    prompt_tokens: int
-    ranks: int
-    seconds: Seconds
-    tokens_per_second: dict[str, float]
-    bytes: dict[str, int]
-    memory: list[int]
-
-    def json(self) -> dict[str, Any]:
-        """As plain lists and mappings."""
-        return asdict(self)
-
-
-def _nothing(*_: Any) -> None:
-    pass
-
-
-@dataclass(kw_only=True)
-class Listener:
-    """Who wants to know how it goes: `began(prompt tokens, chunks)`, `layer(number)` during prefill, `text(piece)` of the answer."""
-
-    began: Callable[[int, int], None] = _nothing
-    layer: Callable[[int], None] = _nothing
-    prefilled: Callable[[], None] = _nothing
-    text: Callable[[str], None] = _nothing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Folders:
-    """Where what is read is kept while it is read (save), and where what was read before lies (resume); they may be the same."""
-
-    save: Path | None = None
-    resume: Path | None = None
+    cache: KVCache
+    length: int
+    num_resumed: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -99,7 +60,6 @@ class Engine:
     """A wrapped model with its tokenizer, on this rank.
 
     trained: what the rotary encoding was trained with where `attention.positions` extends it, else None.
-    num_resumed: tokens of the latest prompt that a snapshot held, so that they were not read.
     """
 
     model: Any
@@ -110,7 +70,6 @@ class Engine:
     load_seconds: float = 0.0
     trained: extend.Trained | None = None
     attention_seconds: dict[str, float] = field(default_factory=dict)
-    num_resumed: int = 0
 
     @classmethod
     def load(cls, config: Config, ring: Ring, *, began: float | None = None) -> Self:
@@ -145,115 +104,169 @@ class Engine:
         """How many layers attend."""
         return int(self.model.config.num_hidden_layers)
 
+    @property
+    def prompts(self) -> Prompts:
+        """How documents and questions become tokens."""
+        return Prompts(self.tokenizer, self.config.generation.prompt)
+
     def prompt(self, document: str, question: str) -> list[int]:
         """The tokens of the user's message, with the model's chat template around it where it has one."""
-        parts = {"{document}": document, "{question}": question}
-        text = re.sub("|".join(parts), lambda found: parts[found[0]], self.config.generation.prompt)
-        if self.tokenizer.chat_template is None:
-            return list(self.tokenizer(text).input_ids)
-        messages = [{"role": "user", "content": text}]
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return self.prompts.whole(document, question)
 
     def generate(self, document: str, question: str, listener: Listener | None = None, folders: Folders = Folders()) -> Answer:
         """Prefill over the ring, then decode until the model ends its text, a stop string ends it or `max_new_tokens` are reached.
 
-        All ranks call it together, with the same text, and all return the same answer. folders: of snapshots; any number of
-        ranks goes on with what another number saved.
+        All ranks call it together, with the same text, and all return the same answer. folders: of snapshots of the document; any
+        number of ranks goes on with what another number saved, and any question may be asked of it.
         """
         began = time.perf_counter()
-        return self.complete(self.prompt(document, question), listener, folders, began=began)
+        prompt, ending = self.prompt(document, question), self.prompts.ending(document, question)
+        num_read = len(prompt) - len(ending) if prompt[-len(ending) :] == ending else None
+        return self.complete(prompt, listener, folders, num_read=num_read, began=began)
 
-    @torch.no_grad()
     def complete(
-        self, prompt: list[int], listener: Listener | None = None, folders: Folders = Folders(), *, began: float | None = None
+        self,
+        prompt: list[int],
+        listener: Listener | None = None,
+        folders: Folders = Folders(),
+        *,
+        num_read: int | None = None,
+        began: float | None = None,
     ) -> Answer:
-        """`generate` after a prompt of tokens; all ranks give the same ones. began: from which the first token's time counts."""
-        listener = listener or Listener()
-        began = time.perf_counter() if began is None else began
-        self.ring.traffic.reset()
-        self._warn_if_long(len(prompt))
-        chosen_by = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-        sampler = Sampler(**{name: getattr(self.config.generation, name) for name in chosen_by}, seen=set(prompt))
-        stream = Stream(self.tokenizer, listener.text, self.config.generation.stop)
-        prefill_began = time.perf_counter()
-        cache, logits = self._prefill(prompt, listener, folders)
-        prefill_seconds = time.perf_counter() - prefill_began
-        listener.prefilled()
-        first_token_seconds, decode_began = 0.0, time.perf_counter()
-        tokens: list[int] = []
-        while True:
-            tokens.append(self._agree(sampler.choose(logits[0, -1]), f"token {len(tokens)} of the answer"))
-            first_token_seconds = first_token_seconds or time.perf_counter() - began
-            sampler.seen.add(tokens[-1])
-            stream.push(tokens[-1])
-            if stream.is_stopped or tokens[-1] in self._ends() or len(tokens) == self.config.generation.max_new_tokens:
-                break
-            logits = self._step(tokens[-1], cache)
-        seconds = Seconds(
-            load=self.load_seconds, prefill=prefill_seconds, first_token=first_token_seconds, decode=time.perf_counter() - decode_began
-        )
-        return self._report(stream.close(), tokens, len(prompt), seconds)
+        """`generate` after a prompt of tokens; all ranks give the same ones.
 
-    def _prefill(self, prompt: list[int], listener: Listener, folders: Folders = Folders()) -> tuple[KVCache, Tensor]:
-        """The cache with this rank's share of the prompt, and the last token's logits (1 1 vocabulary) on every rank."""
-        layouts = self._chunks(len(prompt))
-        cache = self._begin(layouts, self.config.generation.max_new_tokens)
-        saved, done = self._resume(prompt, layouts, cache, folders)
-        self.num_resumed = cache.layout.length
-        listener.began(len(prompt) - self.num_resumed, len(layouts) - done)
-        self.context.after_layer, self.context.seconds = listener.layer, 0.0
-        for layout in layouts[done:]:
-            logits = self._read(torch.tensor(prompt), layout, cache)
-            if saved and (layout is layouts[-1] or layout.length - saved.read >= self.config.cache.save_every):
-                saved.save(cache)
-        self.context.after_layer = None
-        self.attention_seconds["prefill"], self.context.seconds = self.context.seconds, 0.0
-        return cache, broadcast(self.ring, logits.contiguous(), layouts[-1].owner(len(prompt) - 1), "the prompt's last logits")
+        num_read: the first tokens, which are read for themselves and kept in snapshots; all but the last chunk by default.
+        began: from which the first token's time counts.
+        """
+        began = time.perf_counter() if began is None else began
+        if num_read is None:
+            num_read = 0 if self.config.layout.chunk is None else (len(prompt) - 1) // self.config.layout.chunk * self.config.layout.chunk
+        self._warn_if_long(len(prompt))
+        room = len(prompt) - num_read + self.config.generation.max_new_tokens
+        reading = self.read(prompt[:num_read], listener, folders, room=room)
+        return self._answer(reading, prompt, listener, self.config.generation, began, reading)
 
     @torch.no_grad()
-    def losses(self, tokens: list[int], listener: Listener | None = None) -> tuple[Tensor, Tensor]:
-        """How well each of this rank's tokens i predicts token i + 1, which may live on another rank.
+    def read(
+        self, tokens: list[int], listener: Listener | None = None, folders: Folders = Folders(), *, room: int | None = None
+    ) -> Reading:
+        """Prefill these tokens over the ring; their keys stay where they are. All ranks call it together with the same tokens.
 
-        Returns their indices (s,) int64 and -log p of what follows them (s,) float32, both on the engine's device; the
-        sequence's last token is left out. All ranks call it together, with the same tokens, of which there are at least 2.
+        room: how many tokens a question and its answer may take; it sets memory aside and, for positions that stretch with
+        the length, says how far.
         """
-        layouts = self._chunks(len(tokens))
-        cache, listener = self._begin(layouts, 0), listener or Listener()
-        listener.began(len(tokens), len(layouts))
-        self.context.after_layer, self.context.seconds = listener.layer, 0.0
-        whole = torch.tensor(tokens)
-        parts = [self._losses(whole, layout, cache) for layout in layouts]
-        self.context.after_layer = None
-        indices, losses = zip(*parts, strict=True)
-        return torch.cat(indices), torch.cat(losses)
+        listener, began = listener or Listener(), time.perf_counter()
+        self.ring.traffic.reset()
+        room = QUESTION_ROOM + self.config.generation.max_new_tokens if room is None else room
+        layouts = self.chunks(0, len(tokens))
+        cache = self.begin(layouts, room)
+        reading = Reading(tokens, cache, len(tokens) + room)
+        saved, done = self._resume(reading, layouts, folders)
+        reading.num_resumed = cache.layout.length
+        if layouts[done:]:
+            listener.began(len(tokens) - reading.num_resumed, len(layouts) - done)
+        with self.timed("prefill", listener):
+            for layout in layouts[done:]:
+                self._read(torch.tensor(tokens), layout, cache)
+                if saved and (layout is layouts[-1] or layout.length - saved.read >= self.config.cache.save_every):
+                    saved.save(cache)
+        reading.seconds = time.perf_counter() - began
+        return reading
 
-    def _losses(self, tokens: Tensor, layout: Layout, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """One chunk of `losses`. Labels are shifted on the whole sequence, and logits exist for LOGIT_ROWS tokens at a time."""
-        cache.extend(layout)
-        indices, inputs = self._inputs(tokens, layout)
-        with self.context.running(layout, cache):
-            hidden = self.model.base_model(**inputs, use_cache=False)
-            indices = indices[indices + 1 < len(tokens)]  # only the sequence's last token drops out, and it lies last
-            labels = tokens[indices + 1].to(self.device)
-            losses = [labels.new_empty(0, dtype=torch.float32)]
-            for a in range(0, len(labels), LOGIT_ROWS):
-                logits = self._logits(hidden, slice(a, min(a + LOGIT_ROWS, len(labels))))
-                losses.append(cross_entropy(logits.float(), labels[a : a + LOGIT_ROWS], reduction="none"))
-        return indices.to(self.device), torch.cat(losses)
+    def answer(
+        self,
+        reading: Reading,
+        prompt: list[int],
+        listener: Listener | None = None,
+        *,
+        generation: GenerationConfig | None = None,
+        began: float | None = None,
+    ) -> Answer:
+        """Go on from what was read with the rest of the prompt, then decode; the cache is left as it was found.
 
-    def _logits(self, hidden: Any, rows: slice) -> Tensor:
-        """The logits (n vocabulary) of some rows of the body's output, by the model's own code: some cap or scale them."""
-        body, part = self.model.base_model, type(hidden)(last_hidden_state=hidden.last_hidden_state[:, rows])
-        body.forward = lambda *_, **__: part
+        prompt: begins with the reading's tokens and has at least one more. generation: the configuration's by default.
+        All ranks call it together and return the same answer. Raises ConfigError when the prompt begins otherwise.
+        """
+        self.ring.traffic.reset()
+        began = time.perf_counter() if began is None else began
+        return self._answer(reading, prompt, listener, generation or self.config.generation, began, None)
+
+    @torch.no_grad()
+    def _answer(
+        self,
+        reading: Reading,
+        prompt: list[int],
+        listener: Listener | None,
+        generation: GenerationConfig,
+        began: float,
+        new: Reading | None,
+    ) -> Answer:
+        """`answer`; new: the reading, if its cost belongs to this answer."""
+        listener, num_read = listener or Listener(), len(reading.tokens)
+        if len(prompt) <= num_read or prompt[:num_read] != reading.tokens:
+            raise ConfigError(
+                f"The prompt of {len(prompt)} tokens does not begin with the {num_read} tokens that were read, or adds none to them; "
+                "give it the tokens that were read and the question's after them."
+            )
+        self._extend(reading.length)
+        mark = reading.cache.mark()
         try:
-            logits: Tensor = self.model(inputs_embeds=part.last_hidden_state, use_cache=False).logits
+            prefill_began = time.perf_counter()
+            logits = self._rest(reading, prompt, listener)
+            prefill_seconds = time.perf_counter() - prefill_began
+            listener.prefilled()
+            decode_began = time.perf_counter()
+            stream = Stream(self.tokenizer, listener.text, generation.stop)
+            tokens, first_at = self._decode(logits, reading.cache, prompt, stream, generation)
+            decode_seconds = time.perf_counter() - decode_began
         finally:
-            del body.forward
-        return logits[0]
+            reading.cache.restore(mark)
+        num_new = len(prompt) - num_read
+        if new is not None:
+            prefill_seconds, num_new = prefill_seconds + new.seconds, len(prompt) - new.num_resumed
+        seconds = Seconds(load=self.load_seconds, prefill=prefill_seconds, first_token=first_at - began, decode=decode_seconds)
+        return self._report(stream.close(), tokens, len(prompt), num_new, seconds)
 
-    def _begin(self, layouts: list[Layout], num_new: int) -> KVCache:
+    def _rest(self, reading: Reading, prompt: list[int], listener: Listener) -> Tensor:
+        """Read what the prompt has beyond the reading; the last token's logits (1 1 vocabulary), on every rank."""
+        layouts = self.chunks(len(reading.tokens), len(prompt))
+        listener.began(len(prompt) - len(reading.tokens), len(layouts))
+        with self.timed("question", listener):
+            for layout in layouts:
+                logits = self._read(torch.tensor(prompt), layout, reading.cache)
+        return broadcast(self.ring, logits.contiguous(), layouts[-1].owner(len(prompt) - 1), "the prompt's last logits")
+
+    def _decode(
+        self, logits: Tensor, cache: KVCache, prompt: list[int], stream: Stream, generation: GenerationConfig
+    ) -> tuple[list[int], float]:
+        """The answer's tokens, and when the first of them was there."""
+        chosen_by = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+        sampler = Sampler(**{name: getattr(generation, name) for name in chosen_by}, seen=set(prompt))
+        tokens: list[int] = []
+        first_at = 0.0
+        with self.timed("decode", Listener()):
+            while True:
+                tokens.append(self._agree(sampler.choose(logits[0, -1]), f"token {len(tokens)} of the answer"))
+                first_at = first_at or time.perf_counter()
+                sampler.seen.add(tokens[-1])
+                stream.push(tokens[-1])
+                if stream.is_stopped or tokens[-1] in self._ends() or len(tokens) == generation.max_new_tokens:
+                    return tokens, first_at
+                logits = self._step(tokens[-1], cache)
+
+    @contextmanager
+    def timed(self, phase: str, listener: Listener) -> Iterator[None]:
+        """Count the seconds inside attention under this name, and tell the listener of each layer."""
+        self.context.after_layer, self.context.seconds = listener.layer, 0.0
+        try:
+            yield
+        finally:
+            self.context.after_layer = None
+            self.attention_seconds[phase], self.context.seconds = self.context.seconds, 0.0
+
+    def begin(self, layouts: list[Layout], num_new: int) -> KVCache:
         """An empty cache with room for these tokens and num_new after them; positions are set for as many."""
-        ring, config, num_tokens = self.ring, self.config, layouts[-1].length
+        ring, config, num_tokens = self.ring, self.config, layouts[-1].length if layouts else 0
         more = -(-num_new // ring.size) + config.cache.page
         rooms = [sum(x.count(rank) for x in layouts) + more for rank in range(ring.size)]
         storage, spill = choose(config.cache, max(rooms), self._shape())
@@ -261,44 +274,39 @@ class Engine:
         page, keep_rotated = config.cache.page, config.cache.keep_rotated
         return KVCache(self.num_layers, ring.rank, ring.size, page, keep_rotated, rooms[ring.rank], storage, spill)
 
-    def _resume(self, prompt: list[int], layouts: list[Layout], cache: KVCache, folders: Folders) -> tuple[Snapshot | None, int]:
-        """The snapshot to save in, and how many chunks were read before; their keys are put in the cache.
-
-        The last chunk is read again even when it was saved, because the prompt's last logits come out of it.
-        """
+    def _resume(self, reading: Reading, layouts: list[Layout], folders: Folders) -> tuple[Snapshot | None, int]:
+        """The snapshot to save in, and how many chunks were read before; their keys are put in the cache."""
         save, resume = folders.save, folders.resume
         if save is None and resume is None:
             return None, 0
-        if len(layouts) == 1:
-            logger.warning("The prompt is one chunk, so a resumed run reads all of it again; set layout.chunk to read it in several.")
-        source = source_of(self.config, self.model, prompt, cache.storage)
+        source = source_of(self.config, self.model, reading.tokens, reading.length, reading.cache.storage)
         old = Snapshot.open(resume, source, self.ring, self.device) if resume is not None else None
         saved, done = None, 0
         if save is not None:
             goes_on = old is not None and save.resolve() == old.folder.resolve()
             saved = old if goes_on else Snapshot.new(save, source, self.ring, self.device)
         if old is not None:
-            done = sum(layout.length <= old.read for layout in layouts[:-1])
-            old.load(cache, layouts[:done])
-            logger.info("%d of %d tokens were read before.", cache.layout.length, len(prompt))
+            done = sum(layout.length <= old.read for layout in layouts)
+            old.load(reading.cache, layouts[:done])
+            logger.info("%d of %d tokens were read before.", reading.cache.layout.length, len(reading.tokens))
         return saved, done
 
-    def _chunks(self, num_tokens: int) -> list[Layout]:
-        """Where the tokens of each chunk live."""
-        chunk, make = self.config.layout.chunk or num_tokens, getattr(Layout, self.config.layout.kind)
-        return [make(min(chunk, num_tokens - a), self.ring.size).shifted(a) for a in range(0, num_tokens, chunk)]
+    def chunks(self, begin: int, end: int) -> list[Layout]:
+        """Where the tokens begin..end-1 live, chunk by chunk."""
+        chunk, make = self.config.layout.chunk or max(end - begin, 1), getattr(Layout, self.config.layout.kind)
+        return [make(min(chunk, end - a), self.ring.size).shifted(a) for a in range(begin, end, chunk)]
 
     def _read(self, prompt: Tensor, layout: Layout, cache: KVCache) -> Tensor:
         """One chunk through the model; its keys go to the cache. The logits of the chunk's last token, on the rank that owns it."""
         cache.extend(layout)
-        indices, inputs = self._inputs(prompt, layout)
+        indices, inputs = self.inputs(prompt, layout)
         last = (indices == layout.length - 1).nonzero()[:, 0]
         with self.context.running(layout, cache):
             keep = last.to(self.device) if len(last) else 1  # transformers takes 0 for all of them
             logits: Tensor = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
         return logits
 
-    def _inputs(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+    def inputs(self, tokens: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         """The indices (s,) of this rank's tokens and what the model takes of them."""
         own = layout.indices(self.ring.rank)
         fed = own if len(own) else torch.zeros(1, dtype=torch.int64)  # transformers takes no empty input; attention leaves it out again
@@ -324,7 +332,6 @@ class Engine:
         with self.context.running(cache=cache, decoding=True):
             ids, position = torch.tensor([[[token]], [[index]]], device=self.device)
             logits: Tensor = self.model(input_ids=ids, position_ids=position, use_cache=False).logits
-        self.attention_seconds["decode"] = self.context.seconds
         return logits
 
     def _agree(self, token: int, what: str) -> int:
@@ -350,41 +357,12 @@ class Engine:
                 "Prompt and answer may take %d tokens, but the model was trained on %d%s; expect worse answers.", asked, length, stretched
             )
 
-    def _report(self, answer: str, tokens: list[int], prompt_tokens: int, seconds: Seconds) -> Answer:
+    def _report(self, answer: str, tokens: list[int], prompt_tokens: int, num_read: int, seconds: Seconds) -> Answer:
         facts = {"memory": peak_memory(self.device), "sent": dict(self.ring.traffic.sent)}
         everyone = share(self.ring, facts, self.device, "memory and traffic of each rank")
-        sent: dict[str, int] = {}
-        for rank in everyone:
-            for kind, count in rank["sent"].items():
-                sent[kind] = sent.get(kind, 0) + count
-        num_read = prompt_tokens - self.num_resumed
+        sent: Counter[str] = sum((Counter(rank["sent"]) for rank in everyone), Counter())
         speed = {"prefill": num_read / seconds.prefill, "decode": (len(tokens) - 1) / seconds.decode if len(tokens) > 1 else 0.0}
         return Answer(
             answer=answer, tokens=tokens, prompt_tokens=prompt_tokens, ranks=self.ring.size, seconds=seconds,
-            tokens_per_second=speed, bytes=sent, memory=[rank["memory"] for rank in everyone],
+            tokens_per_second=speed, bytes=dict(sent), memory=[rank["memory"] for rank in everyone],
         )  # fmt: skip
-
-
-def attention_of(config: AttentionConfig) -> Attention | None:
-    """What the configuration puts in the place of the model's causal attention, or None for nothing."""
-    if config.window is None:
-        return None
-    seen = window(config.window) | sinks(config.sinks) if config.sinks else window(config.window)
-    return Attention(pattern=causal() & seen)
-
-
-def encoding_of(config: PositionsConfig, known: extend.Trained, length: int) -> Rotary:
-    """How positions turn in a sequence of `length` tokens, the same on all ranks, for a model trained as `known` says."""
-    factor = config.factor or 1.0
-    match config.kind:
-        case "pi":
-            return extend.interpolated(known, factor)
-        case "ntk":
-            return extend.ntk(known, factor)
-        case "dynamic_ntk":
-            return extend.dynamic_ntk(known, factor, length)
-        case "yarn":
-            return extend.yarn(known, factor, config.beta_fast, config.beta_slow)
-        case "longrope":
-            return extend.longrope(known, factor, length, short=config.short, long=config.long)
-    return known.rotary

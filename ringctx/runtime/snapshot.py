@@ -36,7 +36,7 @@ FORMAT = 1
 NAME = "snapshot.json"
 EXACT = ("model", "bf16")
 """Kinds of storage that give back the same keys when they are written once more; quantised ones would be rounded twice."""
-_DIGESTS = {"model": "another model", "prompt": "another document, question or generation.prompt"}
+_DIGESTS = {"model": "another model", "prompt": "another document or generation.prompt"}
 """How a sentence calls what is compared by its digest."""
 
 
@@ -180,10 +180,11 @@ class Snapshot:
         return [one["done"] for one in everyone]
 
 
-def source_of(config: Config, model: Any, prompt: list[int], storage: str) -> dict[str, Any]:
+def source_of(config: Config, model: Any, prompt: list[int], length: int, storage: str) -> dict[str, Any]:
     """All that the keys of a prompt depend on, rounding left out: what two runs must share for one to go on with the other's.
 
-    The model counts by its configuration and the first numbers of every weight, so it may lie elsewhere.
+    length: of the sequence for which positions are turned. The model counts by its configuration and the first numbers of every
+    weight, so it may lie elsewhere.
     """
     of_model = hashlib.sha256((checkpoint(config.model.path) / "config.json").read_bytes())
     for name, weight in model.named_parameters():
@@ -199,7 +200,7 @@ def source_of(config: Config, model: Any, prompt: list[int], storage: str) -> di
         "attention.window": config.attention.window,
         "attention.sinks": config.attention.sinks,
         "attention.positions": asdict(positions),
-        "generation.max_new_tokens": config.generation.max_new_tokens if of_length else None,
+        "a length in tokens of": length if of_length else None,
         "cache.storage": storage,
     }
 

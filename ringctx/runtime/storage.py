@@ -13,6 +13,7 @@ import os
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,8 +46,16 @@ def open_store(kind: str, *, page: int, per_channel: bool, spill: Path | None = 
     return Plain(page, torch.bfloat16 if kind == "bf16" else None, spill)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Where a store stood: how many tokens it held, and those of them that were not quantised yet."""
+
+    count: int
+    open: Tensor | None
+
+
 class Store(ABC):
-    """Tokens (b n g d) that are appended, read back, and dropped from the end.
+    """Tokens (b n g d) that are appended and read back; those written after a mark can be dropped again.
 
     Law: what is read depends on the tokens held alone, not on how they were split into writes nor on tokens dropped since.
     Reading gives the dtype and device that were written; in memory, and as written, it is a view, not to be written to.
@@ -94,13 +103,17 @@ class Store(ABC):
             raise LayoutError(f"Positions {ends} were asked for, but the cache holds {self.count} tokens; count from 0.")
         return self._select(positions.to(like.device), like)
 
-    def truncate(self, count: int) -> None:
-        """Keep the oldest `count` tokens. Raises LayoutError where quantised keys would have to be unmade."""
-        if not 0 <= count <= self.count:
-            raise LayoutError(f"{count} tokens were to be kept, but the cache holds {self.count}; keep 0 to that many.")
+    def mark(self) -> Mark:
+        """Where it stands now, for `restore`."""
+        return Mark(self.count, self._originals())
+
+    def restore(self, mark: Mark) -> None:
+        """Drop what was written after the mark. Raises LayoutError when the mark is of tokens that are dropped already."""
+        if mark.count > self.count:
+            raise LayoutError(f"The mark is of {mark.count} tokens, but the cache holds {self.count}; restore the newest marks first.")
         if self.is_written:
-            self._truncate(count)
-        self.count = count
+            self._restore(mark)
+        self.count = mark.count
 
     def close(self) -> None:
         """Let go of memory and files; the store is of no more use."""
@@ -134,10 +147,14 @@ class Store(ABC):
     def _select(self, positions: Tensor, like: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def _truncate(self, count: int) -> None: ...
+    def _restore(self, mark: Mark) -> None: ...
 
     @abstractmethod
     def _rows(self) -> tuple[Rows, ...]: ...
+
+    def _originals(self) -> Tensor | None:
+        """Tokens that are held as written until they can be quantised."""
+        return None
 
 
 class Plain(Store):
@@ -156,8 +173,8 @@ class Plain(Store):
         tokens = self._tokens.data
         return tokens[positions.to(tokens.device)].transpose(0, 1).to(like)
 
-    def _truncate(self, count: int) -> None:
-        self._tokens.count = count
+    def _restore(self, mark: Mark) -> None:
+        self._tokens.count = mark.count
 
     def _rows(self) -> tuple[Rows, ...]:
         return (self._tokens,)
@@ -167,9 +184,7 @@ class Quantised(Store):
     """Tokens as codes of 8 or 4 bits, a zero point and a step: x' = zero + code * step, so |x - x'| <= step / 2.
 
     Keys (per_channel) share a step by channel over the tokens of a page, values by token and head over its channels. A page of
-    keys is quantised when it is full. The originals of the open page and of the last full one are kept, in memory, so that
-    dropping tokens of these two is exact: the page is open again, as if it had never been full. Further back only whole pages
-    can be dropped, which is exact too.
+    keys is quantised when it is full; until then its tokens are kept as written, in memory.
     """
 
     def __init__(self, kind: str, page: int, per_channel: bool, spill: Path | None) -> None:
@@ -177,32 +192,29 @@ class Quantised(Store):
         self.group, self._shared = (page, 1) if per_channel else (1, -1)  # of (G group b g d), the dim that shares a step
         self._codes = Rows(page // self.group, None, spill, self.group)
         self._scales = Rows(page // self.group, None, spill, self.group)
-        self._recent: Tensor | None = None
+        self._open: Tensor | None = None
 
     @property
     def bytes(self) -> int:
         """Memory held, files left out."""
-        recent = 0 if self._recent is None else self._recent.numel() * self._recent.element_size()
-        return super().bytes + recent
+        return super().bytes + (0 if self._open is None else self._open.numel() * self._open.element_size())
 
     def close(self) -> None:
         """Let go of memory and files; the store is of no more use."""
         super().close()
-        self._recent = None
+        self._open = None
 
     def _append(self, x: Tensor, room: int) -> None:
-        if self._recent is None:
-            self._recent = self._written()
-        open_tokens = self.count % self.group
+        if self._open is None:
+            self._open = self._written()
         for part in x.split(BLOCK, dim=1):
-            originals = torch.cat((self._recent, part), dim=1)
-            closed = self._recent.shape[1] - open_tokens
-            full = (originals.shape[1] - closed) // self.group
+            originals = torch.cat((self._open, part), dim=1)
+            full = originals.shape[1] // self.group
             if full:
-                pages = originals[:, closed : closed + full * self.group].transpose(0, 1).unflatten(0, (full, self.group))
+                pages = originals[:, : full * self.group].transpose(0, 1).unflatten(0, (full, self.group))
                 self._quantise(pages, room // self.group)
-                originals = originals[:, closed + (full - 1) * self.group :].clone()
-            self._recent, open_tokens = originals, (open_tokens + part.shape[1]) % self.group
+                originals = originals[:, full * self.group :].clone()
+            self._open = originals
 
     def _quantise(self, pages: Tensor, room: int) -> None:
         """Append whole groups (G group b g d)."""
@@ -213,7 +225,7 @@ class Quantised(Store):
         self._scales.write(scales, room)
 
     def _read(self, begin: int, end: int, like: Tensor) -> Tensor:
-        recent, closed = self._originals()
+        closed = self._closed
         out = like.new_empty(like.shape[0], end - begin, *like.shape[2:])
         middle = max(begin, min(end, closed))
         for a in range(begin, middle, BLOCK):
@@ -222,12 +234,11 @@ class Quantised(Store):
             tokens = dequantise(self._codes.data[first:last], self._scales.data[first:last], self.bits, like.shape[-1]).flatten(0, 1)
             out[:, a - begin : b - begin] = tokens[a - first * self.group : b - first * self.group].transpose(0, 1)
         if end > middle:
-            start = self.count - recent.shape[1]
-            out[:, middle - begin :] = recent[:, middle - start : end - start]
+            out[:, middle - begin :] = self._newest[:, middle - closed : end - closed]
         return out
 
     def _select(self, positions: Tensor, like: Tensor) -> Tensor:
-        recent, closed = self._originals()
+        closed = self._closed
         out = like.new_empty(like.shape[0], len(positions), *like.shape[2:])
         is_closed = positions < closed
         if closed:
@@ -235,25 +246,25 @@ class Quantised(Store):
             at = positions[is_closed].to(codes.device)
             tokens = dequantise(codes.flatten(0, 1)[at][:, None], scales[at // self.group], self.bits, like.shape[-1])
             out[:, is_closed] = tokens[:, 0].transpose(0, 1).to(like)
-        start = self.count - recent.shape[1]
-        out[:, ~is_closed] = recent[:, positions[~is_closed] - start]
+        out[:, ~is_closed] = self._newest[:, positions[~is_closed] - closed]
         return out
 
-    def _truncate(self, count: int) -> None:
-        recent, _ = self._originals()
-        start = self.count - recent.shape[1]
-        if count % self.group and count < start:
-            raise LayoutError(
-                f"{count} tokens were to be kept of {self.count}, but keys in {self.kind} are held by pages of {self.group} that cannot "
-                f"be opened again; keep at least {start}, or a multiple of {self.group}, and write the rest again."
-            )
-        self._codes.count = self._scales.count = count // self.group
-        self._recent = recent[:, : max(0, count - start)].clone()
+    def _restore(self, mark: Mark) -> None:
+        self._codes.count = self._scales.count = mark.count // self.group
+        self._open = self._written() if mark.open is None else mark.open
 
-    def _originals(self) -> tuple[Tensor, int]:
-        """The newest tokens as written (b r g d), and how many of all tokens are quantised."""
-        assert self._recent is not None
-        return self._recent, self._codes.count * self.group
+    def _originals(self) -> Tensor | None:
+        return self._open
+
+    @property
+    def _closed(self) -> int:
+        """How many tokens are quantised; the others are the newest."""
+        return self._codes.count * self.group
+
+    @property
+    def _newest(self) -> Tensor:
+        assert self._open is not None
+        return self._open
 
     def _rows(self) -> tuple[Rows, ...]:
         return (self._codes, self._scales)

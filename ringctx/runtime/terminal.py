@@ -17,7 +17,8 @@ from rich.table import Table
 
 from ringctx.config import Config
 from ringctx.core.ring import Ring
-from ringctx.runtime.engine import Answer, Engine, Folders, Listener
+from ringctx.runtime.answer import Answer, Folders, Listener
+from ringctx.runtime.engine import Engine
 
 
 class PrefillBar:
@@ -30,8 +31,8 @@ class PrefillBar:
         self.task = TaskID(0)
 
     def start(self, num_tokens: int, num_chunks: int) -> None:
-        """The prompt is known, and in how many chunks it is read."""
-        self.num_tokens, self.steps, self.began = num_tokens, num_chunks * self.num_layers, time.perf_counter()
+        """So many tokens are read next, in so many chunks: the document's, then the question's."""
+        self.num_tokens, self.steps, self.done, self.began = num_tokens, num_chunks * self.num_layers, 0, time.perf_counter()
         self.task = self.progress.add_task(f"Reading {num_tokens:,} tokens", total=self.steps, speed="…")
         self.progress.start()
 

@@ -16,7 +16,8 @@ pytest.importorskip("transformers")
 
 from ringctx.config import load
 from ringctx.core.ring import Ring
-from ringctx.runtime.engine import Answer, Engine
+from ringctx.runtime.answer import Answer
+from ringctx.runtime.engine import Engine
 from tests.launch.test_generate import QUESTION, TINY, environment, generate, pid_of, run
 
 SETTINGS = ["--json", "--set", "layout.chunk=8", "--set", "cache.save_every=64"]

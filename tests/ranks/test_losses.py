@@ -13,7 +13,8 @@ pytest.importorskip("transformers")
 from ringctx.config import parse
 from ringctx.core.ring import Ring
 from ringctx.huggingface import wrap
-from ringctx.runtime.engine import Engine, Listener
+from ringctx.runtime.answer import Listener
+from ringctx.runtime.engine import Engine
 from ringctx.tools.eval import perplexity
 from tests.unit.test_huggingface import tiny
 

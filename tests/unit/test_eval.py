@@ -21,8 +21,11 @@ from ringctx.errors import ConfigError  # noqa: E402
 from ringctx.huggingface import FAMILIES, wrap  # noqa: E402
 from ringctx.patterns import causal, fixed, sinks, strided, window  # noqa: E402
 from ringctx.runtime import engine as runtime_engine  # noqa: E402
+from ringctx.runtime import losses as runtime_losses  # noqa: E402
 from ringctx.runtime import weights  # noqa: E402
-from ringctx.runtime.engine import Engine, Listener  # noqa: E402
+from ringctx.runtime.answer import Listener  # noqa: E402
+from ringctx.runtime.engine import Engine  # noqa: E402
+from ringctx.runtime.losses import token_losses  # noqa: E402
 from ringctx.tools.eval import Asked, check_out, needle, perplexity, report  # noqa: E402
 from ringctx.tools.eval.asked import Result  # noqa: E402
 from ringctx.tools.eval.density import density, pairs  # noqa: E402
@@ -96,18 +99,18 @@ def test_losses_pass_through_every_familys_own_head(kind):
     want = own_losses(tiny(kind), tokens)
     model = tiny(kind)
     ours = Engine(model, None, wrap(model, Ring.alone()), parse("layout: {chunk: 20}"), torch.device("cpu"))
-    indices, losses = ours.losses(tokens)
+    indices, losses = token_losses(ours, tokens)
     assert indices.tolist() == list(range(44))
     torch.testing.assert_close(losses, want, rtol=1e-4, atol=1e-5)
     assert "forward" not in vars(model.base_model)
 
 
 def test_logits_never_exist_for_more_rows_than_a_tile(monkeypatch):
-    monkeypatch.setattr(runtime_engine, "LOGIT_ROWS", 16)
+    monkeypatch.setattr(runtime_losses, "LOGIT_ROWS", 16)
     ours, widths = engine(), []
-    whole = ours.losses(list(range(1, 101)))[1]
+    whole = token_losses(ours, list(range(1, 101)))[1]
     ours.model.lm_head.register_forward_hook(lambda _, __, out: widths.append(out.shape[1]))
-    torch.testing.assert_close(ours.losses(list(range(1, 101)))[1], whole, rtol=0, atol=0)
+    torch.testing.assert_close(token_losses(ours, list(range(1, 101)))[1], whole, rtol=0, atol=0)
     assert max(widths) == 16
     assert sum(widths) == 99
 
@@ -194,13 +197,13 @@ def test_pairs_are_those_of_the_dense_mask(pattern, length):
 
 def test_density_counts_the_window_and_the_models_own_layers():
     ours = engine("attention.window=10", "attention.sinks=2")
-    ours.losses(list(range(1, 101)))
+    token_losses(ours, list(range(1, 101)))
     indices = torch.arange(100)
     allowed = int((causal() & (window(10) | sinks(2))).allows(indices, indices).sum())
     assert density(ours, 100) == allowed / 5050
     model = tiny("gemma2", sliding_window=8)  # in every other layer
     theirs = Engine(model, None, wrap(model, Ring.alone()), parse(""), torch.device("cpu"))
-    theirs.losses(list(range(1, 31)))
+    token_losses(theirs, list(range(1, 31)))
     narrow = int((causal() & window(8)).allows(indices[:30], indices[:30]).sum())
     assert 1 == len({p for n, p in theirs.context.patterns.items() if n % 2})
     layers = len(theirs.context.patterns)

@@ -68,47 +68,36 @@ def test_any_split_of_writes_gives_the_same_tokens_and_all_reads_agree(folder, w
     assert (store.count, store.data.dtype) == (30, x.dtype)
 
 
-@given(STORES, st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), max_size=9))
+@given(STORES, st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.booleans()), max_size=9))
 @settings(max_examples=60, deadline=None)
 def test_after_dropping_tokens_it_is_as_if_they_had_never_been_written(folder, which, steps):
+    """Write some tokens, perhaps set a mark, perhaps go back to the newest one; a mark may be gone back to again."""
     kind, per_channel, spilled = which
     x = tokens(90, b=1, d=4)
     store, kept, at = open_store(kind, page=PAGE, per_channel=per_channel, spill=folder if spilled else None), x[:, :0], 0
-    store.write(kept, 0)
-    for num_new, num_dropped in steps:
+    marks = [(store.mark(), kept)]
+    for num_new, sets_mark, goes_back in steps:
         new, at = x[:, at : at + num_new], at + num_new
         store.write(new, 0)
         kept = torch.cat((kept, new), dim=1)
-        keep = max(0, kept.shape[1] - num_dropped)
-        try:
-            store.truncate(keep)
-        except LayoutError:
-            assert kind in storage.BITS and per_channel and keep % PAGE
-            keep = kept.shape[1]
-        kept = kept[:, :keep]
+        if sets_mark:
+            marks.append((store.mark(), kept))
+        if goes_back:
+            mark, kept = marks.pop() if len(marks) > 1 and not sets_mark else marks[-1]
+            store.restore(mark)
         assert torch.equal(store.data, filled(kept, kind, per_channel).data)
+        assert store.select(torch.arange(0)).shape[1] == 0
 
 
-@pytest.mark.parametrize("kind", storage.BITS)
-@pytest.mark.parametrize("keep", range(16, 27))
-def test_the_open_page_and_the_one_before_can_be_dropped_token_by_token(kind, keep):
-    x = tokens(27)
-    store = filled(x[:, :22], kind, True)
-    store.write(x[:, 22:23], 0)
-    store.truncate(min(keep, store.count))
-    store.write(x[:, store.count :], 0)
-    assert torch.equal(store.data, filled(x, kind, True).data)
-
-
-@pytest.mark.parametrize("kind", storage.BITS)
-def test_a_quantised_page_is_not_cut(kind):
-    store = filled(tokens(23), kind, True)
-    with pytest.raises(LayoutError, match=f"15 tokens were to be kept of 23, but keys in {kind} .* keep at least 16, or a multiple of 4,"):
-        store.truncate(15)
-    assert store.count == 23
-    store.truncate(8)
-    assert torch.equal(store.data, filled(tokens(23)[:, :8], kind, True).data)
-    filled(tokens(23), kind, False).truncate(15)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mark_whose_tokens_are_gone_is_refused(kind):
+    store = filled(tokens(5), kind, True)
+    early = store.mark()
+    store.write(tokens(5), 0)
+    late = store.mark()
+    store.restore(early)
+    with pytest.raises(LayoutError, match="The mark is of 10 tokens, but the cache holds 5; restore the newest marks first"):
+        store.restore(late)
 
 
 @pytest.mark.parametrize("spilled", [False, True])
@@ -171,14 +160,14 @@ def test_a_number_among_equals_is_itself():
     [
         ("model", True, 12 * 15 * 4, 16 * 15 * 4, 0),
         ("bf16", False, 12 * 15 * 2, 16 * 15 * 2, 0),
-        ("int8", True, 2 * (4 * 15 + 15 * 8), 2 * (4 * 15 + 15 * 8), (4 + 2) * 15 * 4),
-        ("int8", False, 12 * (15 + 3 * 8), 16 * (15 + 3 * 8), 15 * 4),
-        ("int4", True, 2 * (4 * 9 + 15 * 8), 2 * (4 * 9 + 15 * 8), (4 + 2) * 15 * 4),
-        ("int4", False, 12 * (9 + 3 * 8), 16 * (9 + 3 * 8), 15 * 4),
+        ("int8", True, 2 * (4 * 15 + 15 * 8), 2 * (4 * 15 + 15 * 8), 2 * 15 * 4),
+        ("int8", False, 12 * (15 + 3 * 8), 16 * (15 + 3 * 8), 0),
+        ("int4", True, 2 * (4 * 9 + 15 * 8), 2 * (4 * 9 + 15 * 8), 2 * 15 * 4),
+        ("int4", False, 12 * (9 + 3 * 8), 16 * (9 + 3 * 8), 0),
     ],
 )
 def test_bytes_are_counted(folder, kind, per_channel, memory, file, originals):
-    """10 tokens of 3 heads of 5 channels, fp32, pages of 4, segments of 8: originals are of one full page and the open one."""
+    """10 tokens of 3 heads of 5 channels, fp32, pages of 4, segments of 8: originals are of the open page of keys."""
     store = filled(tokens(10, b=1), kind, per_channel)
     assert (store.bytes, store.mapped_bytes) == (memory + originals, 0)
     spilled = filled(tokens(10, b=1), kind, per_channel, folder)
@@ -253,8 +242,6 @@ def test_tokens_that_are_not_there_are_refused(kind):
             store.select(torch.tensor(places))
     with pytest.raises(LayoutError, match="pass int64 of one dim"):
         store.select(torch.zeros(2, 2, dtype=torch.int64))
-    with pytest.raises(LayoutError, match="11 tokens were to be kept, but the cache holds 10"):
-        store.truncate(11)
     with pytest.raises(LayoutError, match="use another cache for them"):
         store.write(tokens(1).double(), 0)
     with pytest.raises(LayoutError, match="run the prefill first"):

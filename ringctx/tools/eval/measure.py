@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ringctx.config import Config
 from ringctx.core.ring import Ring
-from ringctx.runtime.engine import Engine, Listener
+from ringctx.runtime.answer import Listener
+from ringctx.runtime.engine import Engine
 from ringctx.tools.eval import needle, perplexity
 from ringctx.tools.eval.asked import Asked, Result
 

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 
 from ringctx.errors import ConfigError
-from ringctx.runtime.engine import Engine, Listener
+from ringctx.runtime.answer import Listener
+from ringctx.runtime.engine import Engine
 from ringctx.tools.eval.asked import Row
 from ringctx.tools.eval.density import density
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from ringctx.errors import ConfigError
-from ringctx.runtime.engine import Engine, Listener
+from ringctx.runtime.answer import Listener
+from ringctx.runtime.engine import Engine
+from ringctx.runtime.losses import token_losses
 from ringctx.runtime.talk import share
 from ringctx.tools.eval.asked import Row
 from ringctx.tools.eval.density import density
@@ -44,7 +46,7 @@ def run(engine: Engine, tokens: list[int], listener: Listener) -> list[Perplexit
     """A row for each power of two up to the sequence's length. All ranks call it together and return the same but for `seconds`."""
     began = time.perf_counter()
     engine.ring.traffic.reset()
-    indices, losses = engine.losses(tokens, listener)
+    indices, losses = token_losses(engine, tokens, listener)
     ends = [1 << n for n in range((len(tokens) - 2).bit_length() + 1)]
     bucket = torch.bucketize(indices + 1, torch.tensor(ends, device=indices.device))
     sums = losses.new_zeros(len(ends), dtype=torch.float64).index_add(0, bucket, losses.double()).tolist()

@@ -1,0 +1,51 @@
+"""Prompts: a document and a question as the model's tokens, and where the part begins that changes with the question.
+
+Knows the tokenizer and the configured frame. Knows nothing of models or ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+TAIL = 2_000
+"""Characters of a document's end that are tokenised to learn a prompt's ending: no tokenizer joins tokens over so many."""
+OTHERS = ("A", "0", " A", "\nA")
+"""Questions that begin differently: the tokens that prompts share with all of them are those of the document."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """frame: the user's message, with {document} and {question}; the model's chat template goes around it where it has one."""
+
+    tokenizer: Any
+    frame: str
+
+    def whole(self, document: str, question: str) -> list[int]:
+        """The tokens of the user's message."""
+        parts = {"{document}": document, "{question}": question}
+        text = re.sub("|".join(parts), lambda found: parts[found[0]], self.frame)
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer(text).input_ids)
+        messages = [{"role": "user", "content": text}]
+        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+    def ending(self, document: str, question: str) -> list[int]:
+        """The last tokens of `whole`, from the first on that may change with the question. It looks at the document's end alone."""
+        tail = document[-TAIL:]
+        prompt = self.whole(tail, question)
+        return prompt[min(common(prompt, self.whole(tail, other)) for other in OTHERS) :]
+
+    def opening(self, document: str) -> list[int]:
+        """The first tokens of `whole`, which are the same for every question: what is read once and asked many times."""
+        prompt = self.whole(document, OTHERS[0])
+        ending = self.ending(document, OTHERS[0])
+        if prompt[len(prompt) - len(ending) :] == ending:
+            return prompt[: len(prompt) - len(ending)]
+        return prompt[: min(common(prompt, self.whole(document, other)) for other in OTHERS[1:])]
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many first tokens two prompts share."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
