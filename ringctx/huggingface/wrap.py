@@ -19,6 +19,7 @@ from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.huggingface.context import Context
 from ringctx.huggingface.families import attention_modules, family_of, rotary_module
+from ringctx.methods.branches import rotated_by
 from ringctx.methods.rotary import Rotary
 from ringctx.methods.scores import Softcap
 from ringctx.patterns import window
@@ -45,8 +46,13 @@ class Layer:
 
     def __init__(self, context: Context, index: int, asked: Attention, encoding: Rotary | None) -> None:
         self.context, self.index = context, index
-        self.asked = asked if asked.encoding is not None else replace(asked, encoding=encoding)
+        self.asked = rotated_by(asked, encoding)
         self._made: dict[tuple[Any, ...], Attention] = {}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether anything is turned by position here."""
+        return any(encoding is not None for encoding in (self.asked.encoding, *(b.encoding for b in self.asked.branches)))
 
     def attention(self, *, scale: float | None, width: int | None, cap: float | None, sink: Tensor | None, dropout: float) -> Attention:
         """The model's window narrows the pattern; its cap, sink and scale fill what the user left open."""
@@ -78,7 +84,8 @@ def wrap(
             model(input_ids=layout.shard(ids, ring.rank), position_ids=layout.indices(ring.rank)[None], use_cache=False)
 
     attention: for all layers, or per layer number (layers left out keep the model's own). Its pattern stands for the
-    model's causal one; a window that the model has in a layer narrows it further.
+    model's causal one; a window that the model has in a layer narrows it further. Branches without frequencies get the
+    model's own, and in a layer without rotation none.
     Raises Unsupported for families that were not checked and for rotary types that depend on the length.
     """
     family_of(model)
@@ -113,8 +120,8 @@ def turn(model: nn.Module, encoding: Rotary) -> None:
     for module in attention_modules(model):
         layer = module.ringctx
         assert isinstance(layer, Layer)
-        if layer.asked.encoding is not None:
-            module.ringctx = Layer(layer.context, layer.index, replace(layer.asked, encoding=encoding), None)  # type: ignore[assignment]
+        if layer.rotates:
+            module.ringctx = Layer(layer.context, layer.index, rotated_by(layer.asked, encoding, anew=True), None)  # type: ignore[assignment]
 
 
 def unwrap(model: nn.Module) -> None:
