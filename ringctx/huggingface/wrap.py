@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -44,9 +45,8 @@ class Still(nn.Module):
 class Layer:
     """One layer's attention: what the model itself asks for, with what the user asked for on top."""
 
-    def __init__(self, context: Context, index: int, asked: Attention, encoding: Rotary | None) -> None:
-        self.context, self.index = context, index
-        self.asked = rotated_by(asked, encoding)
+    def __init__(self, context: Context, index: int, asked: Attention) -> None:
+        self.context, self.index, self.asked = context, index, asked
         self._made: dict[tuple[Any, ...], Attention] = {}
 
     @property
@@ -98,11 +98,12 @@ def wrap(
     if unknown:
         raise ConfigError(f"attention names layers {unknown}, but the model has layers 0 to {len(modules) - 1}.")
     encoding = Rotary(tuple(original.inv_freq.float().tolist()), float(original.attention_scaling))  # type: ignore[operator, arg-type]
-    context = Context(ring, transport, kernel)
+    context, plain = Context(ring, transport, kernel), Attention()
+    rotated = cache(rotated_by)  # layers that are asked the same share one value, and so one table of angles
     for module in modules:
         index = int(module.layer_idx)  # type: ignore[arg-type]
         rotates = bool(getattr(module, "use_rope", True))
-        module.ringctx = Layer(context, index, asked.get(index) or Attention(), encoding if rotates else None)  # type: ignore[assignment]
+        module.ringctx = Layer(context, index, rotated(asked.get(index) or plain, encoding if rotates else None))  # type: ignore[assignment]
     setattr(parent, name, Still(encoding.width, context, original))
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
@@ -117,11 +118,12 @@ def turn(model: nn.Module, encoding: Rotary) -> None:
 
     Keys that a cache holds rotated are not turned anew: call it before the prefill, on all ranks with the same encoding.
     """
+    rotated = cache(partial(rotated_by, anew=True))
     for module in attention_modules(model):
         layer = module.ringctx
         assert isinstance(layer, Layer)
         if layer.rotates:
-            module.ringctx = Layer(layer.context, layer.index, rotated_by(layer.asked, encoding, anew=True), None)  # type: ignore[assignment]
+            module.ringctx = Layer(layer.context, layer.index, rotated(layer.asked, encoding))  # type: ignore[assignment]
 
 
 def unwrap(model: nn.Module) -> None:

@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ringctx.config import AttentionConfig, Config, PositionsConfig
-from ringctx.core.attention import Attention
+from ringctx.config import Config
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.huggingface import Context, trained_of, turn, wrap
 from ringctx.methods import extend
-from ringctx.methods.rotary import Rotary
-from ringctx.patterns import causal, sinks, window
+from ringctx.runtime.asked import attention_of, encoding_of
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
@@ -129,7 +127,8 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
         known = trained_of(model) if config.attention.positions.kind != "none" else None
-        context = wrap(model, ring, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
+        asked = attention_of(config.attention, getattr(model.config, "max_position_embeddings", None))
+        context = wrap(model, ring, asked, transport=config.ring.transport, kernel=config.ring.kernel)
         engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
         engine._extend(1)  # what this model cannot take is refused now, not after the prompt
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
@@ -342,7 +341,7 @@ class Engine:
     def _warn_if_long(self, num_tokens: int) -> None:
         length = getattr(self.model.config, "max_position_embeddings", None)
         asked, positions = num_tokens + self.config.generation.max_new_tokens, self.config.attention.positions
-        if not length or positions.kind == "dynamic_ntk":  # it stretches as far as it is asked
+        if not length or positions.kind == "dynamic_ntk" or self.config.attention.branches.kind != "none":  # as far as they are asked
             return
         if asked > length * (positions.factor or 1.0):
             stretched = f" and stretched {positions.factor:g} times" if positions.factor else ""
@@ -363,28 +362,3 @@ class Engine:
             answer=answer, tokens=tokens, prompt_tokens=prompt_tokens, ranks=self.ring.size, seconds=seconds,
             tokens_per_second=speed, bytes=sent, memory=[rank["memory"] for rank in everyone],
         )  # fmt: skip
-
-
-def attention_of(config: AttentionConfig) -> Attention | None:
-    """What the configuration puts in the place of the model's causal attention, or None for nothing."""
-    if config.window is None:
-        return None
-    seen = window(config.window) | sinks(config.sinks) if config.sinks else window(config.window)
-    return Attention(pattern=causal() & seen)
-
-
-def encoding_of(config: PositionsConfig, known: extend.Trained, length: int) -> Rotary:
-    """How positions turn in a sequence of `length` tokens, the same on all ranks, for a model trained as `known` says."""
-    factor = config.factor or 1.0
-    match config.kind:
-        case "pi":
-            return extend.interpolated(known, factor)
-        case "ntk":
-            return extend.ntk(known, factor)
-        case "dynamic_ntk":
-            return extend.dynamic_ntk(known, factor, length)
-        case "yarn":
-            return extend.yarn(known, factor, config.beta_fast, config.beta_slow)
-        case "longrope":
-            return extend.longrope(known, factor, length, short=config.short, long=config.long)
-    return known.rotary

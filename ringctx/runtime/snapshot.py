@@ -188,7 +188,7 @@ def source_of(config: Config, model: Any, prompt: list[int], storage: str) -> di
     of_model = hashlib.sha256((checkpoint(config.model.path) / "config.json").read_bytes())
     for name, weight in model.named_parameters():
         of_model.update(f"{name} {tuple(weight.shape)} {weight.detach().flatten()[:64].tolist()}".encode())
-    positions = config.attention.positions
+    positions, branches = config.attention.positions, config.attention.branches
     of_length = positions.kind in ("dynamic_ntk", "longrope")  # these turn by the length of prompt and answer
     return {
         "model": of_model.hexdigest(),
@@ -199,6 +199,7 @@ def source_of(config: Config, model: Any, prompt: list[int], storage: str) -> di
         "attention.window": config.attention.window,
         "attention.sinks": config.attention.sinks,
         "attention.positions": asdict(positions),
+        "attention.branches": asdict(branches) if branches.kind != "none" else None,
         "generation.max_new_tokens": config.generation.max_new_tokens if of_length else None,
         "cache.storage": storage,
     }

@@ -16,8 +16,9 @@ from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
 from ringctx.runtime import device, weights
 from ringctx.runtime import engine as runtime_engine
+from ringctx.runtime.asked import attention_of
 from ringctx.runtime.cache import KVCache
-from ringctx.runtime.engine import Engine, Listener, attention_of
+from ringctx.runtime.engine import Engine, Listener
 from ringctx.runtime.stream import Stream
 
 pytestmark = pytest.mark.usefixtures("own_cache")
