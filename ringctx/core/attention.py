@@ -135,7 +135,7 @@ class Attention:
         """Equal for attentions that differ only in the numbers inside their tensors."""
         scores = tuple(described(s) if _has_params(s) else s for s in self.scores)
         sink = None if self.sink is None else tuple(self.sink.shape)
-        return (self.pattern, self.branches, scores, sink, self.dropout, self.scale)
+        return (self.pattern, tuple(b.content for b in self.branches), scores, sink, self.dropout, self.scale)
 
     def text(self) -> str:
         """The same on every rank for equal keys, and different for different ones, as far as patterns and scores print their content."""

@@ -8,7 +8,7 @@ Letters: b batch, s tokens on this rank, h query heads, g key heads, d head dim.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -44,6 +44,8 @@ class Branch:
 
     pattern: Pattern
     encoding: LinearEncoding | None = None
+    content: str = field(init=False, repr=False, compare=False)
+    """All of it in print: what tells it from others, also while torch.compile traces, which cannot hash an encoding."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, Pattern):
@@ -53,6 +55,7 @@ class Branch:
                 f"A branch was given the encoding {type(self.encoding).__name__}, which does not say how gradients come back; "
                 "it needs queries, keys, queries_grad and keys_grad, as ringctx.methods.rotary.Rotary has them."
             )
+        object.__setattr__(self, "content", repr(self))
 
     def __str__(self) -> str:
         return f"{self.pattern}" if self.encoding is None else f"{self.pattern} by {self.encoding}"
