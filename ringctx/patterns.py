@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringctx.core.listed import Blocks, Documents
 from ringctx.core.pattern import Causal, Full, Pattern, group_heads
-from ringctx.core.rules import Chunks, Dilated, Fixed, GlobalTokens, PerHead, Prefix, Sinks, Window, at_least, some
+from ringctx.core.rules import Dilated, Fixed, GlobalTokens, PerHead, Prefix, Sinks, Window, at_least, some
 from ringctx.errors import ConfigError
 
 Integers = Sequence[Any] | Tensor
@@ -50,11 +50,6 @@ def prefix(n: int) -> Pattern:
 def dilated(k: int) -> Pattern:
     """(i - j) mod k = 0: every k-th key, counted from the query both ways (atrous)."""
     return Dilated(k)
-
-
-def chunks(size: int, count: int = 1) -> Pattern:
-    """i // size - j // size < count: no key of a chunk that lies `count` or more chunks behind the token's own."""
-    return Chunks(size, count)
 
 
 def strided(l: int) -> Pattern:

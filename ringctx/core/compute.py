@@ -146,12 +146,12 @@ class Work:
             if not rows:
                 continue
             q_, k_, v_ = pick(q, group.rows), pick(k, group.keys), pick(v, group.keys)
-            encoded = Encoded(group, rows, q_, queries, k_, keys)
+            total, encoded = of_rows[group.rows], Encoded(group, rows, q_, queries, k_, keys)
             for tile in self._pieces(rows):
                 _, a, b, c, d = tile
                 call, scores = self._tile(group, tile, q_, k_, v_, queries, keys)
                 out, lse = call.forward(*encoded.rows(tile), v_[:, c:d], scores)
-                of_rows[group.rows].rows(a, b).merge_(out, lse)
+                total.rows(a, b).merge_(out, lse)
 
     def whole(self, totals: list[Partial], q: Tensor, e: int) -> tuple[Tensor, Tensor]:
         """out (b s h e) in q's dtype and lse (b s h) from the totals of all heads, the sink included."""

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ringctx.core.attention import Attention
 from ringctx.core.branch import Branch
+from ringctx.core.rules import Chunks
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.methods.rotary import Rotary
-from ringctx.patterns import chunks, sinks, window
+from ringctx.patterns import sinks, window
 
 Branches = tuple[Branch, ...]
 
@@ -167,7 +168,7 @@ def dual_chunk(chunk: int, length: int, rotary: Rotary | None = None) -> Branche
             f"dual_chunk was given chunks of {chunk} and a trained length of {length}; a chunk is shorter, such as 3/4 of it."
         )
     inside = Place(period=chunk)
-    own, neighbours = chunks(chunk), chunks(chunk, 2)
+    own, neighbours = Chunks(chunk, 1), Chunks(chunk, 2)
     return (
         Branch(own, Placed(rotary, inside, inside)),
         Branch(neighbours & ~own, Placed(rotary, Place(chunk, period=chunk, cap=length - 1), inside)),

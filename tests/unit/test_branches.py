@@ -14,6 +14,7 @@ from ringctx import patterns as p
 from ringctx.core.branch import Branch, disjoint
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
+from ringctx.core.rules import Chunks
 from ringctx.methods.branches import (
     Branches,
     Place,
@@ -268,8 +269,8 @@ class OneWay:
         (lambda: Branch(NEAR, OneWay()), "OneWay, which does not say how gradients come back"),
         (lambda: Attention(branches=(NEAR,)), "branches is a tuple of Branch"),
         (lambda: Attention(branches=rerope(4), encoding=SLOW), "leave `encoding` out"),
-        (lambda: p.chunks(0), "chunks was given 0; its first number is a chunk's length"),
-        (lambda: p.chunks(3, 0), "chunks was given 0; it counts the chunk of the token itself"),
+        (lambda: Chunks(0, 1), "chunks was given 0; its first number is a chunk's length"),
+        (lambda: Chunks(3, 0), "chunks was given 0; it counts the chunk of the token itself"),
     ],
 )
 def test_wrong_requests_are_refused(make, sentence):
