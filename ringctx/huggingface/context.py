@@ -99,7 +99,7 @@ class Context:
         is_wanted = layer != self.last_layer
         out = self._decode(layer, q, k, v, attention) if self.decoding else self._whole(layer, q, k, v, attention, is_wanted)
         self.seconds += time.perf_counter() - began
-        self.patterns[layer] = attention.pattern
+        self.patterns[layer] = attention.seen
         if self.after_layer:
             self.after_layer(layer)
         if not is_wanted:
@@ -142,8 +142,7 @@ class Context:
     def _wanted(self, attention: Attention, num_heads: int, queries: Layout) -> tuple[Layout, Spans]:
         """Of the cached keys those that these queries see: where they live, and this rank's positions. A window leaves most alone."""
         assert self.cache is not None
-        patterns = tuple(pattern for _, pattern in attention.pattern.heads(num_heads))
-        key_layout, spans = wanted(patterns, queries, self.cache.layout)
+        key_layout, spans = wanted(attention.patterns(num_heads), queries, self.cache.layout)
         return key_layout, spans[self.ring.rank]
 
     def _layout_of(self, num_tokens: int) -> Layout:

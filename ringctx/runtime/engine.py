@@ -88,7 +88,8 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
         known = trained_of(model) if config.attention.positions.kind != "none" else None
-        context = wrap(model, ring, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
+        asked = attention_of(config.attention, getattr(model.config, "max_position_embeddings", None))
+        context = wrap(model, ring, asked, transport=config.ring.transport, kernel=config.ring.kernel)
         engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
         engine._extend(1)  # what this model cannot take is refused now, not after the prompt
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
@@ -357,7 +358,7 @@ class Engine:
     def _warn_if_long(self, num_tokens: int) -> None:
         length = getattr(self.model.config, "max_position_embeddings", None)
         asked, positions = num_tokens + self.config.generation.max_new_tokens, self.config.attention.positions
-        if not length or positions.kind == "dynamic_ntk":  # it stretches as far as it is asked
+        if not length or positions.kind == "dynamic_ntk" or self.config.attention.branches.kind != "none":  # as far as they are asked
             return
         if asked > length * (positions.factor or 1.0):
             stretched = f" and stretched {positions.factor:g} times" if positions.factor else ""
