@@ -156,6 +156,32 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RecallConfig:
+    """Answering from the few blocks of a long text that a question asks for; ringctx/runtime/recall.py says how they are found."""
+
+    blocks: int = 0
+    """Blocks that a question is answered from, beside the text's first and last tokens; 0 answers from the whole cache."""
+    block: int = 64
+    """Tokens of a block."""
+    margin: int = 16
+    """Tokens on either side that come along with a block, because what is asked for may lie across its border."""
+    sinks: int = 64
+    """First tokens of the text that every question sees."""
+    recent: int = 256
+    """Last tokens of the text that every question sees."""
+    heads: tuple[tuple[int, ...], ...] = ()
+    """Heads whose attention finds the blocks, each [layer, query head]; empty for all, which is slower and finds less."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("blocks", 0), ("block", 1), ("margin", 0), ("sinks", 1), ("recent", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"cache.recall.{name} is {getattr(self, name)}; it must be at least {least}.")
+        for head in self.heads:
+            if len(head) != 2:
+                raise ConfigError(f"cache.recall.heads holds {list(head)}; each head is written [layer, query head].")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
     """How keys are kept for decoding."""
 
@@ -169,6 +195,8 @@ class CacheConfig:
     """A folder on a disk: keys and values lie in files there, gone when the run ends. With auto, only if nothing fits, in int8."""
     memory_gib: float | None = None
     """GiB that auto may fill with keys and values on each rank."""
+    recall: RecallConfig = field(default_factory=RecallConfig)
+    """Blocks of the text that a question is answered from, in the place of all of it."""
     save_every: int = 65536
     """With --save: tokens read from one save to the next, rounded up to whole chunks; the end of the prompt is always saved."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ringctx.core.attention import Attention
+from ringctx.core.pattern import Causal
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.huggingface.context import Context
@@ -56,9 +57,10 @@ class Layer:
 
     def attention(self, *, scale: float | None, width: int | None, cap: float | None, sink: Tensor | None, dropout: float) -> Attention:
         """The model's window narrows the pattern; its cap, sink and scale fill what the user left open."""
-        key = (scale, width, cap, id(sink), dropout)
+        recalled = self.context.recalled
+        key = (scale, width, cap, id(sink), dropout, recalled)
         if key not in self._made:
-            asked = self.asked
+            asked = replace(self.asked, pattern=Causal()) if recalled else self.asked
             self._made[key] = replace(
                 asked,
                 pattern=asked.pattern & window(width) if width else asked.pattern,
