@@ -27,6 +27,7 @@ from ringctx.runtime.asked import attention_of, encoding_of
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
+from ringctx.runtime.evict import Evictor, evictor_of
 from ringctx.runtime.prompts import Prompts
 from ringctx.runtime.sampling import Sampler
 from ringctx.runtime.snapshot import Snapshot, source_of
@@ -59,6 +60,7 @@ class Reading:
 class Engine:
     """A wrapped model with its tokenizer, on this rank.
 
+    evictor: drops keys as `cache.evict` says; None where all are kept.
     trained: what the rotary encoding was trained with where `attention.positions` extends it, else None.
     """
 
@@ -70,6 +72,7 @@ class Engine:
     load_seconds: float = 0.0
     trained: extend.Trained | None = None
     attention_seconds: dict[str, float] = field(default_factory=dict)
+    evictor: Evictor | None = None
 
     @classmethod
     def load(cls, config: Config, ring: Ring, *, began: float | None = None) -> Self:
@@ -90,6 +93,7 @@ class Engine:
         known = trained_of(model) if config.attention.positions.kind != "none" else None
         context = wrap(model, ring, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
         engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
+        engine.evictor = context.evictor = evictor_of(config.cache.evict, engine.num_layers)
         engine._extend(1)  # what this model cannot take is refused now, not after the prompt
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
         return engine
@@ -141,6 +145,8 @@ class Engine:
         began = time.perf_counter() if began is None else began
         if num_read is None:
             num_read = 0 if self.config.layout.chunk is None else (len(prompt) - 1) // self.config.layout.chunk * self.config.layout.chunk
+        if self.evictor is not None:  # the prompt is read as one: its last queries may lie on both sides of the question's begin
+            num_read = 0
         self._warn_if_long(len(prompt))
         room = len(prompt) - num_read + self.config.generation.max_new_tokens
         reading = self.read(prompt[:num_read], listener, folders, room=room)
@@ -159,6 +165,7 @@ class Engine:
         self.ring.traffic.reset()
         room = QUESTION_ROOM + self.config.generation.max_new_tokens if room is None else room
         layouts = self.chunks(0, len(tokens))
+        self._will_read(None)
         cache = self.begin(layouts, room)
         reading = Reading(tokens, cache, len(tokens) + room)
         saved, done = self._resume(reading, layouts, folders)
@@ -209,7 +216,7 @@ class Engine:
                 "give it the tokens that were read and the question's after them."
             )
         self._extend(reading.length)
-        mark = reading.cache.mark()
+        mark = reading.cache.mark() if new is None or self.evictor is None else None  # a mark would keep what is evicted
         try:
             prefill_began = time.perf_counter()
             logits = self._rest(reading, prompt, listener)
@@ -220,16 +227,22 @@ class Engine:
             tokens, first_at = self._decode(logits, reading.cache, prompt, stream, generation)
             decode_seconds = time.perf_counter() - decode_began
         finally:
-            reading.cache.restore(mark)
+            if mark is not None:
+                reading.cache.restore(mark)
         num_new = len(prompt) - num_read
         if new is not None:
             prefill_seconds, num_new = prefill_seconds + new.seconds, len(prompt) - new.num_resumed
         seconds = Seconds(load=self.load_seconds, prefill=prefill_seconds, first_token=first_at - began, decode=decode_seconds)
         return self._report(stream.close(), tokens, len(prompt), num_new, seconds)
 
+    def _will_read(self, prompt: range | None) -> None:
+        if self.evictor is not None:
+            self.evictor.prompt = prompt
+
     def _rest(self, reading: Reading, prompt: list[int], listener: Listener) -> Tensor:
         """Read what the prompt has beyond the reading; the last token's logits (1 1 vocabulary), on every rank."""
         layouts = self.chunks(len(reading.tokens), len(prompt))
+        self._will_read(range(len(reading.tokens), len(prompt)))
         listener.began(len(prompt) - len(reading.tokens), len(layouts))
         with self.timed("question", listener):
             for layout in layouts:
