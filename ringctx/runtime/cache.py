@@ -268,7 +268,7 @@ class KVCache:
         new = replace(self._part(), heads=heads, indices=indices.gather(-1, order))
         new.mass = None if mass is None else mass.gather(-1, order)
         wanted = kept.flatten(0, 1).any(0).nonzero()[:, 0]
-        at = torch.searchsorted(wanted, order).clamp(max=max(len(wanted) - 1, 0)).transpose(1, 2).unsqueeze(-1)
+        at = torch.searchsorted(wanted, order.contiguous()).clamp(max=max(len(wanted) - 1, 0)).transpose(1, 2).unsqueeze(-1)
         for old, store in ((part.keys, new.keys), (part.values, new.values)):
             x = old.select(wanted)[:, :, places]
             store.write(x.gather(1, at.expand(*at.shape[:3], x.shape[-1])), most)

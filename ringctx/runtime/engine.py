@@ -165,7 +165,6 @@ class Engine:
         self.ring.traffic.reset()
         room = QUESTION_ROOM + self.config.generation.max_new_tokens if room is None else room
         layouts = self.chunks(0, len(tokens))
-        self._will_read(None)
         cache = self.begin(layouts, room)
         reading = Reading(tokens, cache, len(tokens) + room)
         saved, done = self._resume(reading, layouts, folders)
@@ -279,6 +278,7 @@ class Engine:
 
     def begin(self, layouts: list[Layout], num_new: int) -> KVCache:
         """An empty cache with room for these tokens and num_new after them; positions are set for as many."""
+        self._will_read(None)
         ring, config, num_tokens = self.ring, self.config, layouts[-1].length if layouts else 0
         more = -(-num_new // ring.size) + config.cache.page
         rooms = [sum(x.count(rank) for x in layouts) + more for rank in range(ring.size)]
