@@ -14,6 +14,7 @@ from ringctx.config import EvictConfig
 from ringctx.core.attention import Attention
 from ringctx.core.ring import Ring
 from ringctx.core.visiting import encoded, sums_explicit, sums_here
+from ringctx.errors import ConfigError
 from ringctx.methods.eviction import H2O, CachePolicy, Duo, Held, PyramidKV, SnapKV, Streaming, keep, parted
 from ringctx.runtime.cache import KVCache
 
@@ -81,8 +82,11 @@ class Evictor:
             cache.evict(layer, [kept for kept, _, _ in choices], [parted(number) for _, number, _ in choices])
 
 
-def evictor_of(config: EvictConfig, num_layers: int) -> Evictor | None:
-    """What the configuration asks for, or None for nothing."""
+def evictor_of(config: EvictConfig, num_layers: int, num_heads: int) -> Evictor | None:
+    """What the configuration asks for of a model with so many layers and key heads, or None for nothing.
+
+    Raises ConfigError for a head that the model has not.
+    """
     policy: CachePolicy
     match config.kind:
         case "none":
@@ -91,6 +95,12 @@ def evictor_of(config: EvictConfig, num_layers: int) -> Evictor | None:
             policy = Streaming(config.sinks, config.recent)
         case "duo":
             heads = frozenset((int(layer), int(head)) for layer, head in (name.split(".") for name in config.streaming))
+            wrong = sorted((layer, head) for layer, head in heads if layer >= num_layers or head >= num_heads)
+            if wrong:
+                raise ConfigError(
+                    f"cache.evict.streaming names {wrong[0][0]}.{wrong[0][1]}, but the model has layers 0 to {num_layers - 1} "
+                    f"with key heads 0 to {num_heads - 1}; name heads that it has."
+                )
             policy = Duo(config.sinks, config.recent, heads)
         case "h2o":
             policy = H2O(config.heavy, config.recent)
