@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from ringctx.config import parse
-from tests import virtual
+from tests import evicting, virtual
 from tests.evicting import BATCH, KEY_HEADS, POLICIES, ROTARY, SCORED, by_definition, inputs, on_rank
 from tests.pool import Pool
 
@@ -38,6 +38,12 @@ def test_outputs_and_kept_keys_are_those_of_the_definition(name, size, kind, eac
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "duo"])
 def test_scores_and_sinks_count_in_what_is_kept(name):
     check(virtual.run(on_rank, POLICIES[name], SCORED, "zigzag", True, size=3), name, SCORED, True)
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "duo"])
+def test_ranks_without_tokens_take_part(name, monkeypatch):
+    monkeypatch.setattr(evicting, "CHUNK", 3)
+    check(virtual.run(on_rank, POLICIES[name], ROTARY, "contiguous", True, size=4), name, ROTARY, True)
 
 
 def test_the_same_over_gloo(pool: Pool) -> None:
