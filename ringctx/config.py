@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,6 +182,69 @@ class RecallConfig:
                 raise ConfigError(f"cache.recall.heads holds {list(head)}; each head is written [layer, query head].")
 
 
+_EVICT = {
+    "none": (), "streaming": ("sinks", "recent"), "duo": ("sinks", "recent", "streaming"), "h2o": ("heavy", "recent"),
+    "snapkv": ("keys", "window", "kernel", "pooling"), "pyramidkv": ("keys", "window", "kernel", "pooling", "beta"),
+}  # fmt: skip
+"""The keys that each kind of cache.evict takes, besides each_chunk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvictConfig:
+    """Which keys are dropped, so that a fixed number is left; counts are for each key head, on all ranks together."""
+
+    kind: Literal["none", "streaming", "duo", "h2o", "snapkv", "pyramidkv"] = "none"
+    """none keeps all; the others are in ringctx/methods/eviction. All but snapkv and pyramidkv also drop after each token."""
+    each_chunk: bool = False
+    """Drop after each chunk (layout.chunk) too: later chunks see what is left, and the memory of reading is bounded."""
+    sinks: int = 4
+    """streaming, duo: first tokens of the sequence that are kept."""
+    recent: int = 1024
+    """streaming, duo: latest keys that a query sees, itself included. h2o: latest keys that are kept."""
+    heavy: int = 1024
+    """h2o: keys kept besides, those that were given most."""
+    keys: int = 2048
+    """snapkv: keys that are kept, the window's included. pyramidkv: on average over layers."""
+    window: int = 32
+    """snapkv, pyramidkv: the last queries of what was read, which vote for keys."""
+    kernel: int = 5
+    """snapkv, pyramidkv: neighbours whose votes are pooled, an odd number."""
+    pooling: Literal["avg", "max"] = "avg"
+    """snapkv, pyramidkv: how."""
+    beta: int = 20
+    """pyramidkv: the last layer keeps keys / beta."""
+    streaming: tuple[str, ...] = ()
+    """duo: the key heads that keep sinks and recent keys alone, written layer.head: ["0.1", "3.0"]; the others keep all."""
+
+    def __post_init__(self) -> None:
+        for key in dataclasses.fields(self):
+            if (
+                key.name not in ("kind", *_EVICT[self.kind], *["each_chunk"] * (self.kind != "none"))
+                and getattr(self, key.name) != key.default
+            ):
+                others = ", ".join(kind for kind, keys in _EVICT.items() if key.name in keys) or "one that evicts"
+                raise ConfigError(f"cache.evict.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}.")
+        for name, least in (
+            ("sinks", 0),
+            ("recent", 0 if self.kind == "h2o" else 1),
+            ("heavy", 0),
+            ("window", 1),
+            ("kernel", 1),
+            ("beta", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"cache.evict.{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.kind == "h2o" and not self.heavy + self.recent:
+            raise ConfigError("cache.evict keeps no key at all: heavy and recent are 0; keep at least 1.")
+        if self.keys <= self.window:
+            raise ConfigError(f"cache.evict.keys is {self.keys}, the window's {self.window} included; keep more than the window.")
+        if self.kernel % 2 == 0:
+            raise ConfigError(f"cache.evict.kernel is {self.kernel}; it must be odd, so that neighbours lie evenly.")
+        wrong = [name for name in self.streaming if not re.fullmatch(r"\d+\.\d+", name)]
+        if wrong or (self.kind == "duo" and not self.streaming):
+            raise ConfigError(f"cache.evict.streaming needs key heads written layer.head, such as '0.1'; got {wrong or 'none'}.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
     """How keys are kept for decoding."""
@@ -199,6 +263,8 @@ class CacheConfig:
     """Blocks of the text that a question is answered from, in the place of all of it."""
     save_every: int = 65536
     """With --save: tokens read from one save to the next, rounded up to whole chunks; the end of the prompt is always saved."""
+    evict: EvictConfig = field(default_factory=EvictConfig)
+    """Which keys are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,6 +323,13 @@ class Config:
 
     def _check_storage(self) -> None:
         storage, page = self.cache.storage, self.cache.page
+        if self.cache.evict.kind != "none" and self.cache.recall.blocks:
+            raise ConfigError("cache.recall looks for blocks among all keys, and cache.evict drops some; set one of them, not both.")
+        if self.cache.evict.kind != "none" and storage not in ("model", "bf16"):
+            raise ConfigError(
+                f"cache.storage is {storage}, whose keys would be rounded again where others are evicted; "
+                "set it to model or bf16, or cache.evict.kind to none."
+            )
         if storage == "auto" and self.cache.memory_gib is None:
             raise ConfigError("cache.storage auto needs cache.memory_gib: how much memory keys and values may take on each rank.")
         if storage != "auto" and self.cache.memory_gib is not None:

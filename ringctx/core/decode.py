@@ -6,12 +6,15 @@ Letters: b batch, n_q new tokens, n cached tokens here, h query heads, g key hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ringctx.core.attention import Attention
 from ringctx.core.call import Call
 from ringctx.core.compute import Encoded, HeadGroup, Work, head_groups
+from ringctx.core.explicit import Keys
 from ringctx.core.header import agree, share
 from ringctx.core.layout import Layout, Ranges
 from ringctx.core.partial import Partial
@@ -19,18 +22,40 @@ from ringctx.core.pattern import FULL, Full
 from ringctx.core.ring import Ring
 from ringctx.core.tiles import Tile
 from ringctx.core.tiles import tiles as tiles_of
+from ringctx.core.visiting import attend_here, check, empty, encoded, whole
 from ringctx.errors import LayoutError, RingctxError, Unsupported
 
 _DEFAULT = Attention()
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, ring: Ring, attention: Attention = _DEFAULT) -> Tensor:
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_layout: Layout,
+    ring: Ring,
+    attention: Attention = _DEFAULT,
+    key_indices: Tensor | None = None,
+) -> Tensor:
     """Attention of the newest tokens over a cache that is spread over the ring. All ranks must call this together.
 
     q (b n_q h d), equal on every rank, the last n_q indices of key_layout; k (b n g d), v (b n g e), this rank's share
       -> out (b n_q h e) in q's dtype, bitwise equal on every rank.
+    key_indices: after eviction, which token each slot of k and v holds, int64 (b g n), -1 where a slot is empty; then n may be
+    anything, and key_layout only says where the sequence ends.
     No backward: it is for inference. Raises LayoutError, Unsupported, RanksDisagree, RankLost.
     """
+    if key_indices is not None:
+        parts = [Keys(tuple(range(k.shape[2])), k, v, key_indices)]
+        return decode_explicit(q, parts, length=key_layout.length, ring=ring, attention=attention)[0]
+    return decode_with_lse(q, k, v, key_layout=key_layout, ring=ring, attention=attention)[0]
+
+
+def decode_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, ring: Ring, attention: Attention = _DEFAULT
+) -> tuple[Tensor, Tensor]:
+    """`decode_attention` and the lse (b n_q h) of its rows, the sink included, in the accumulation dtype."""
     queries = Layout(((range(max(0, key_layout.length - q.shape[1]), key_layout.length),), *((),) * (key_layout.size - 1)))
     call = Call(ring, queries, key_layout, attention, "auto", "auto", train=False)
     agree(ring, call.facts(q, k, v, "decode", 0, 0) | {"new tokens": q.shape[1]}, _problem(q, k, v, key_layout, ring, attention))
@@ -44,7 +69,21 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, rin
         totals = work.empty(q, v.shape[3])
         if keys:
             _attend(work, totals, q, rows, k, v, keys)
-        return work.whole(_reduce(ring, totals), q, v.shape[3])[0]
+        return work.whole(_reduce(ring, totals), q, v.shape[3])
+
+
+def decode_explicit(q: Tensor, parts: Sequence[Keys], *, length: int, ring: Ring, attention: Attention) -> tuple[Tensor, Tensor]:
+    """`decode_with_lse` over keys at explicit indices, those of the new tokens among them. length: of the sequence, new tokens included."""
+    i = torch.arange(length - q.shape[1], length, device=q.device)
+    check("decode at explicit indices", q, parts, ring, attention, {"new tokens": q.shape[1], "length": length})
+    with torch.no_grad(), ring.unbroken():
+        turned, parts = encoded(attention, q, i, parts)
+        totals = empty(turned, parts)
+        attend_here(attention, totals, turned, i, parts)
+        total = _reduce(ring, [whole(totals, parts)])[0]
+        if attention.sink is not None:
+            total.add_sink_(attention.sink.detach())
+        return total.out.to(q.dtype), total.lse
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, key_layout: Layout, ring: Ring, attention: Attention) -> RingctxError | None:

@@ -5,14 +5,17 @@ Knows configurations and methods. Knows nothing of models, ranks or caches.
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
-from ringctx.config import AttentionConfig, BranchesConfig, PositionsConfig
+from ringctx.config import AttentionConfig, BranchesConfig, Config, PositionsConfig
 from ringctx.core.attention import Attention
 from ringctx.errors import ConfigError
 from ringctx.methods import branches, extend
 from ringctx.methods.rotary import Rotary
 from ringctx.patterns import causal, sinks, window
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -72,3 +75,16 @@ def encoding_of(config: PositionsConfig, known: extend.Trained, length: int) -> 
         case "longrope":
             return extend.longrope(known, factor, length, short=config.short, long=config.long)
     return known.rotary
+
+
+def warn_if_long(config: Config, trained: int | None, num_tokens: int) -> None:
+    """Log it when a prompt of so many tokens and its answer go beyond what the model was trained on, stretched or recalled."""
+    positions, recall = config.attention.positions, config.cache.recall
+    if not trained or positions.kind == "dynamic_ntk" or recall.blocks:  # these go as far as they are asked
+        return
+    asked = num_tokens + config.generation.max_new_tokens
+    if asked > trained * (positions.factor or 1.0):
+        stretched = f" and stretched {positions.factor:g} times" if positions.factor else ""
+        logger.warning(
+            "Prompt and answer may take %d tokens, but the model was trained on %d%s; expect worse answers.", asked, trained, stretched
+        )

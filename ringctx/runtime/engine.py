@@ -23,10 +23,11 @@ from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, trained_of, turn, wrap
 from ringctx.methods import extend
 from ringctx.runtime.answer import Answer, Folders, Listener, Seconds
-from ringctx.runtime.asked import attention_of, encoding_of
+from ringctx.runtime.asked import attention_of, encoding_of, warn_if_long
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
+from ringctx.runtime.evict import Evictor, evictor_of
 from ringctx.runtime.prompts import Prompts
 from ringctx.runtime.recall import heads_of, recall
 from ringctx.runtime.sampling import Sampler
@@ -60,6 +61,7 @@ class Reading:
 class Engine:
     """A wrapped model with its tokenizer, on this rank.
 
+    evictor: drops keys as `cache.evict` says; None where all are kept.
     trained: what the rotary encoding was trained with where `attention.positions` extends it, else None.
     """
 
@@ -71,6 +73,7 @@ class Engine:
     load_seconds: float = 0.0
     trained: extend.Trained | None = None
     attention_seconds: dict[str, float] = field(default_factory=dict)
+    evictor: Evictor | None = None
 
     @classmethod
     def load(cls, config: Config, ring: Ring, *, began: float | None = None) -> Self:
@@ -92,6 +95,7 @@ class Engine:
         asked = attention_of(config.attention, getattr(model.config, "max_position_embeddings", None))
         context = wrap(model, ring, asked, transport=config.ring.transport, kernel=config.ring.kernel)
         engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
+        engine.evictor = context.evictor = evictor_of(config.cache.evict, engine.num_layers, engine._shape().heads)
         engine._extend(1)  # what this model cannot take is refused now, not after the prompt
         heads_of(config.cache.recall, model)
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
@@ -144,7 +148,9 @@ class Engine:
         began = time.perf_counter() if began is None else began
         if num_read is None:
             num_read = 0 if self.config.layout.chunk is None else (len(prompt) - 1) // self.config.layout.chunk * self.config.layout.chunk
-        self._warn_if_long(len(prompt))
+        if self.evictor is not None:  # the prompt is read as one: its last queries may lie on both sides of the question's begin
+            num_read = 0
+        warn_if_long(self.config, getattr(self.model.config, "max_position_embeddings", None), len(prompt))
         room = len(prompt) - num_read + self.config.generation.max_new_tokens
         reading = self.read(prompt[:num_read], listener, folders, room=room)
         return self._answer(reading, prompt, listener, self.config.generation, began, reading)
@@ -213,7 +219,7 @@ class Engine:
             )
         self._extend(reading.length)
         prefill_began = time.perf_counter()
-        with self._going_on(reading, prompt[num_read:]) as cache:
+        with self._going_on(reading, prompt[num_read:], new) as cache:
             logits = self._rest(cache, prompt[num_read:], listener)
             prefill_seconds = time.perf_counter() - prefill_began
             listener.prefilled()
@@ -227,23 +233,29 @@ class Engine:
         seconds = Seconds(load=self.load_seconds, prefill=prefill_seconds, first_token=first_at - began, decode=decode_seconds)
         return self._report(stream.close(), tokens, len(prompt), num_new, seconds)
 
+    def _will_read(self, prompt: range | None) -> None:
+        if self.evictor is not None:
+            self.evictor.prompt = prompt
+
     @contextmanager
-    def _going_on(self, reading: Reading, rest: list[int]) -> Iterator[KVCache]:
+    def _going_on(self, reading: Reading, rest: list[int], new: Reading | None) -> Iterator[KVCache]:
         """The cache that the rest of the prompt goes on from: all that was read, or what it recalls of that."""
         if self.config.cache.recall.blocks:
             with self.context.recalling():
                 yield recall(self.config.cache, self.model, self.context, reading.cache, rest)
             return
-        mark = reading.cache.mark()
+        mark = reading.cache.mark() if new is None or self.evictor is None else None  # a mark would keep what is evicted
         try:
             yield reading.cache
         finally:
-            reading.cache.restore(mark)
+            if mark is not None:
+                reading.cache.restore(mark)
 
     def _rest(self, cache: KVCache, rest: list[int], listener: Listener) -> Tensor:
         """Read the rest of a prompt after what the cache holds; the last token's logits (1 1 vocabulary), on every rank."""
         begin = cache.layout.length
         tokens, layouts = torch.tensor([0] * begin + rest), self.chunks(begin, begin + len(rest))
+        self._will_read(range(begin, len(tokens)))
         listener.began(len(rest), len(layouts))
         with self.timed("question", listener):
             for layout in layouts[:-1]:
@@ -281,6 +293,7 @@ class Engine:
 
     def begin(self, layouts: list[Layout], num_new: int) -> KVCache:
         """An empty cache with room for these tokens and num_new after them; positions are set for as many."""
+        self._will_read(None)
         ring, config, num_tokens = self.ring, self.config, layouts[-1].length if layouts else 0
         more = -(-num_new // ring.size) + config.cache.page
         rooms = [sum(x.count(rank) for x in layouts) + more for rank in range(ring.size)]
@@ -315,7 +328,8 @@ class Engine:
         """One chunk through the model as far as its keys, which go to the cache; what comes after the last of them is left out."""
         cache.extend(layout)
         _, inputs = self.inputs(tokens, layout)
-        with self.context.caching(layout, cache, self.num_layers - 1):
+        whole = self.evictor is not None  # it judges keys by the last layer's attention too
+        with self.context.running(layout, cache) if whole else self.context.caching(layout, cache, self.num_layers - 1):
             self.model.base_model(**inputs, use_cache=False)
 
     def _read(self, prompt: Tensor, layout: Layout, cache: KVCache) -> Tensor:
@@ -367,17 +381,6 @@ class Engine:
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         return set(ends) if isinstance(ends, list) else {ends}
-
-    def _warn_if_long(self, num_tokens: int) -> None:
-        length = getattr(self.model.config, "max_position_embeddings", None)
-        asked, positions = num_tokens + self.config.generation.max_new_tokens, self.config.attention.positions
-        if not length or positions.kind == "dynamic_ntk" or self.config.attention.branches.kind != "none":  # as far as they are asked
-            return
-        if asked > length * (positions.factor or 1.0):
-            stretched = f" and stretched {positions.factor:g} times" if positions.factor else ""
-            logger.warning(
-                "Prompt and answer may take %d tokens, but the model was trained on %d%s; expect worse answers.", asked, length, stretched
-            )
 
     def _report(self, answer: str, tokens: list[int], prompt_tokens: int, num_read: int, seconds: Seconds) -> Answer:
         facts = {"memory": peak_memory(self.device), "sent": dict(self.ring.traffic.sent)}

@@ -186,6 +186,11 @@ def source_of(config: Config, model: Any, prompt: list[int], length: int, storag
     length: of the sequence for which positions are turned. The model counts by its configuration and the first numbers of every
     weight, so it may lie elsewhere.
     """
+    if config.cache.evict.kind != "none":
+        raise ConfigError(
+            f"Snapshots hold every key that was read, but cache.evict.kind is {config.cache.evict.kind}; "
+            "leave --save and --resume out, or set cache.evict.kind to none."
+        )
     of_model = hashlib.sha256((checkpoint(config.model.path) / "config.json").read_bytes())
     for name, weight in model.named_parameters():
         of_model.update(f"{name} {tuple(weight.shape)} {weight.detach().flatten()[:64].tolist()}".encode())
