@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from ringctx import kernels
 from ringctx.core import dropout
 from ringctx.core.attention import Attention, scale_of
-from ringctx.core.layout import Ranges, indices_of
+from ringctx.core.layout import Ranges, indices_of, take
 from ringctx.core.partial import Partial
 from ringctx.core.pattern import CAUSAL, PARTIAL, Pattern
 from ringctx.core.sums import Sum
@@ -219,7 +220,7 @@ class Work:
         scores = TileScores(
             scale=scale_of(attention, q.shape[3]),
             causal=verdict == CAUSAL,
-            mask=(lambda: _four_dims(group.pattern.allows(*where()))) if verdict == PARTIAL else None,
+            mask=(lambda: _seen(group.pattern, take(queries, [(a, b)]), take(keys, [(c, d)]), q.device)) if verdict == PARTIAL else None,
             elementwise=attention.elementwise,
             bias=(lambda: self._bias(heads, *where(), accumulation_dtype(q.dtype))) if attention.additive else None,
             bias_grad=(lambda dbias: self._bias_grad(dbias, heads, *where())) if grad else None,
@@ -251,6 +252,8 @@ class Work:
         return dropout.keep(self.attention.dropout, self.seed, batch, heads, i, j)
 
 
-def _four_dims(allowed: Tensor) -> Tensor:
-    """(q k), (h q k) or (b h q k) -> (b|1, h|1, q, k)."""
+@lru_cache(maxsize=64)
+def _seen(pattern: Pattern, queries: Ranges, keys: Ranges, device: torch.device) -> Tensor:
+    """What a masked tile lets through, (b|1, h|1, q, k). Kept, because all layers of a model ask for the same: not to be written to."""
+    allowed = pattern.allows(indices_of(queries, device), indices_of(keys, device))
     return allowed[(None,) * (4 - allowed.dim())]

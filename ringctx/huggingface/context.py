@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -43,12 +43,17 @@ class Cache(Protocol):
         """This rank's keys, rotated, or those at these positions; None where the cache does not keep them."""
 
 
+class KeysCached(Exception):
+    """The last keys that were wanted are in the cache, so the rest of the model need not be computed."""
+
+
 @dataclass
 class Context:
     """The running state of a wrapped model.
 
     layout: where this call's tokens live; None while the ring is alone and the caller did not say, or during decode.
     after_layer: called with the layer's number when its attention is done (progress).
+    last_layer: this layer's keys are the last that are wanted: once they are cached, `KeysCached` ends the model's forward.
     patterns: who saw whom in each layer's latest attention, the model's own windows included.
     """
 
@@ -59,9 +64,20 @@ class Context:
     cache: Cache | None = None
     decoding: bool = False
     after_layer: Callable[[int], None] | None = None
+    last_layer: int | None = None
     patterns: dict[int, Pattern] = field(default_factory=dict)
     seconds: float = field(default=0.0)
     """Spent inside attention, waiting for other ranks included (on CPUs; a GPU runs behind)."""
+
+    @contextmanager
+    def caching(self, layout: Layout, cache: Cache, last_layer: int) -> Iterator[None]:
+        """For the one call of the model inside: it ends when the keys of its last layer are in the cache; nothing comes out."""
+        self.last_layer = last_layer
+        try:
+            with self.running(layout, cache), suppress(KeysCached):
+                yield
+        finally:
+            self.last_layer = None
 
     @contextmanager
     def running(self, layout: Layout | None = None, cache: Cache | None = None, *, decoding: bool = False) -> Iterator[Context]:
@@ -80,20 +96,25 @@ class Context:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         """One layer's attention: q (b s h d), k and v (b s g d), none of them rotated  ->  (b s h d)."""
         began = time.perf_counter()
-        out = self._decode(layer, q, k, v, attention) if self.decoding else self._whole(layer, q, k, v, attention)
+        is_wanted = layer != self.last_layer
+        out = self._decode(layer, q, k, v, attention) if self.decoding else self._whole(layer, q, k, v, attention, is_wanted)
         self.seconds += time.perf_counter() - began
         self.patterns[layer] = attention.pattern
         if self.after_layer:
             self.after_layer(layer)
+        if not is_wanted:
+            raise KeysCached
         return out
 
-    def _whole(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    def _whole(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention, is_wanted: bool) -> Tensor:
         layout = self._layout_of(q.shape[1])
         num_own = layout.count(self.ring.rank)
         own_q, own_k, own_v = q[:, :num_own], k[:, :num_own], v[:, :num_own]
         key_layout = None
         if self.cache is not None:
             self.cache.append(layer, own_k, own_v)
+            if not is_wanted:
+                return q
             if self.cache.layout != layout:  # a later chunk: the keys of the earlier ones are in the cache
                 key_layout, spans = self._wanted(attention, q.shape[2], layout)
                 own_k, own_v = self.cache.read(layer, spans)

@@ -43,18 +43,18 @@ class Rotary:
         cos, sin = self.tables(positions, torch.promote_types(x.dtype, torch.float32))
         turned, rest = x[..., : self.width], x[..., self.width :]
         first, second = turned.chunk(2, dim=-1)
-        turned = (turned * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+        parts = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+        return torch.cat([*parts, rest] if rest.shape[-1] else parts, dim=-1)
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, ((b,) s 1 w). The last ones are kept, because all layers ask for the same positions."""
+        """cos and sin, ((b,) s 1 w/2). The last ones are kept, because all layers ask for the same positions."""
         key = f"{positions.device} {dtype}"
         last = self._memo.get(key)
         if last is not None and not torch.compiler.is_compiling() and _same(last[0], positions):
             return last[1], last[2]
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device).to(dtype)
         angles = positions[..., None].to(dtype) * frequencies
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+        angles = angles.unsqueeze(-2)
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
         if not torch.compiler.is_compiling():
             self._memo[key] = (positions, cos, sin)

@@ -167,7 +167,7 @@ class Engine:
             listener.began(len(tokens) - reading.num_resumed, len(layouts) - done)
         with self.timed("prefill", listener):
             for layout in layouts[done:]:
-                self._read(torch.tensor(tokens), layout, cache)
+                self._cache(torch.tensor(tokens), layout, cache)
                 if saved and (layout is layouts[-1] or layout.length - saved.read >= self.config.cache.save_every):
                     saved.save(cache)
         reading.seconds = time.perf_counter() - began
@@ -232,8 +232,9 @@ class Engine:
         layouts = self.chunks(len(reading.tokens), len(prompt))
         listener.began(len(prompt) - len(reading.tokens), len(layouts))
         with self.timed("question", listener):
-            for layout in layouts:
-                logits = self._read(torch.tensor(prompt), layout, reading.cache)
+            for layout in layouts[:-1]:
+                self._cache(torch.tensor(prompt), layout, reading.cache)
+            logits = self._read(torch.tensor(prompt), layouts[-1], reading.cache)
         return broadcast(self.ring, logits.contiguous(), layouts[-1].owner(len(prompt) - 1), "the prompt's last logits")
 
     def _decode(
@@ -295,6 +296,13 @@ class Engine:
         """Where the tokens begin..end-1 live, chunk by chunk."""
         chunk, make = self.config.layout.chunk or max(end - begin, 1), getattr(Layout, self.config.layout.kind)
         return [make(min(chunk, end - a), self.ring.size).shifted(a) for a in range(begin, end, chunk)]
+
+    def _cache(self, tokens: Tensor, layout: Layout, cache: KVCache) -> None:
+        """One chunk through the model as far as its keys, which go to the cache; what comes after the last of them is left out."""
+        cache.extend(layout)
+        _, inputs = self.inputs(tokens, layout)
+        with self.context.caching(layout, cache, self.num_layers - 1):
+            self.model.base_model(**inputs, use_cache=False)
 
     def _read(self, prompt: Tensor, layout: Layout, cache: KVCache) -> Tensor:
         """One chunk through the model; its keys go to the cache. The logits of the chunk's last token, on the rank that owns it."""
