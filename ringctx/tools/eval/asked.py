@@ -64,10 +64,10 @@ class Asked:
 
     def _check_windows(self) -> None:
         if (self.stride is None) != (self.tokens is None):
-            missing = (
-                "--stride S: how many tokens each window adds" if self.stride is None else "--tokens N: how many the windows slide over"
+            raise ConfigError(
+                "Perplexity through windows needs both --stride S, how many tokens each window adds, and --tokens N, how many of the "
+                "text they slide over; give both, or neither for one pass."
             )
-            raise ConfigError(f"Perplexity through windows needs {missing}; --stride and --tokens come together, or not at all.")
         if self.stride is None or self.tokens is None:
             if len(self.length) > 1:
                 raise ConfigError(

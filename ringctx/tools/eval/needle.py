@@ -13,15 +13,15 @@ from ringctx.tools.eval.planting import SLACK, Hidden, Question, plant
 from ringctx.tools.eval.wordings import NAMES, WORDINGS
 
 COMMON = (
-    f"in text that begins at a place drawn from seed and length. The prompt, with the model's chat template and the answer's beginning, has "
-    f"`length` tokens, or up to {SLACK} fewer; prompt_tokens says how many. Correct: the answer begins with the number and no further digit. "
-    "density: from the patterns, of the prompt."
+    "in text that begins at a place drawn from seed and length. The prompt, with the model's chat template and the answer's "
+    f"beginning, has `length` tokens, or up to {SLACK} fewer; prompt_tokens says how many. Correct: the answer begins with "
+    "the number and no further digit. density: from the patterns, of the prompt."
 )
 ONE = f"A number of five digits at the sentence end nearest to the depth (in characters), {COMMON}"
 SEVERAL = (
-    "{count} needles, each of a name and a number of five digits, at the sentence ends nearest to the middles of {count} equal parts, "
-    f"{COMMON} The text is read once and each needle asked for from there; length and density are of the longest prompt. "
-    "correct: all of them; found: the share."
+    "{count} needles, each of a name and a number of five digits, at the sentence ends nearest to the middles of {count} "
+    f"equal parts, {COMMON} The text is read once and each needle asked for from there; length and density are of the "
+    "longest prompt. correct: all of them; found: the share."
 )
 
 

@@ -26,10 +26,11 @@ ONE_PASS = (
     "seconds, density (from the patterns), bytes and memory are those of the whole pass, the same in every row."
 )
 WINDOWS = (
-    "Windows of `length` tokens slide over the first {tokens} tokens by {stride} (as in YaRN, arXiv 2309.00071), no chat template. Positions "
-    "begin anew in each window, which nothing before it reaches. Each token but the first is predicted once, in the first window that holds it: "
-    "in the first window from 1 to length - 1 tokens of context, later from length - {stride} to length - 1. nll: mean of -log p in nats over "
-    "all of them. density: from the patterns, of a window. seconds and bytes: of all windows."
+    "Windows of `length` tokens slide over the first {tokens} tokens by {stride} (as in YaRN, arXiv 2309.00071), no chat "
+    "template. Positions begin anew in each window, which nothing before it reaches. Each token but the first is predicted "
+    "once, in the first window that holds it: in the first window from 1 to length - 1 tokens of context, later from length "
+    "- {stride} to length - 1. nll: mean of -log p in nats over all of them. density: from the patterns, of a window. "
+    "seconds and bytes: of all windows."
 )
 
 

@@ -13,7 +13,6 @@ from rich.table import Table
 from ringctx.errors import ConfigError
 from ringctx.tools.eval.asked import Asked, Result
 
-
 COLUMNS = {
     "needle": ("length", "depth", "wording", "seed", "correct"),
     "needles": ("length", "wording", "seed", "found"),

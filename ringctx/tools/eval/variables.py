@@ -16,17 +16,20 @@ SET, COPY = "The value of {name} is now {value}.", "The value of {name} is now t
 QUESTION = "What is the value of {name} at the end of the text above?"
 BEGINNING = "At the end of the text above, the value of {name} is"
 PLAIN = (
-    "Plain assignment: {count} variables and twice as many assignments, each to a variable drawn uniformly, of a number of five digits "
-    "that no other has; one variable among those assigned is asked for, and the last number it was given counts."
+    "Plain assignment: {count} variables and twice as many assignments, each to a variable drawn uniformly, of a number of "
+    "five digits that no other has; one variable among those assigned is asked for, and the last number it was given "
+    "counts."
 )
 CHAINS = (
-    "Chains: {count} numbers of five digits are each given to a variable and handed on {hops} times, each time to a new variable; the "
-    "statements of a chain are in order, those of different chains mixed. The last variable of a drawn chain is asked for, and its number counts."
+    "Chains: {count} numbers of five digits are each given to a variable and handed on {hops} times, each time to a new "
+    "variable; the statements of a chain are in order, those of different chains mixed. The last variable of a drawn chain "
+    "is asked for, and its number counts."
 )
 COMMON = (
-    "Names are three consonants. Statements lie at the sentence ends nearest to drawn depths (in characters); depth says where the one lies "
-    "that gave the asked variable its value. The prompt, with the model's chat template and the answer's beginning, has `length` tokens, or up "
-    f"to {SLACK} fewer. Correct: the answer begins with the number and no further digit. density: from the patterns, of the prompt."
+    "Names are three consonants. Statements lie at the sentence ends nearest to drawn depths (in characters); depth says "
+    "where the one lies that gave the asked variable its value. The prompt, with the model's chat template and the answer's "
+    f"beginning, has `length` tokens, or up to {SLACK} fewer. Correct: the answer begins with the number and no further "
+    "digit. density: from the patterns, of the prompt."
 )
 
 
