@@ -14,7 +14,7 @@ from ringctx.tools.eval.planting import SLACK, Hidden, Question, plant
 LETTERS = "BCDFGHJKLMNPQRSTVWXZ"
 SET, COPY = "The value of {name} is now {value}.", "The value of {name} is now that of {value}."
 QUESTION = "What is the value of {name} at the end of the text above?"
-BEGINNING = "At the end of the text above, the value of {name} is"
+BEGINNING = "At the end of the text above, the value of {name} is now"
 PLAIN = (
     "Plain assignment: {count} variables and twice as many assignments, each to a variable drawn uniformly, of a number of "
     "five digits that no other has; one variable among those assigned is asked for, and the last number it was given "

@@ -27,8 +27,8 @@ WORDINGS = {
     ),
     "passkey": Wording(  # Mohtashami & Jaggi 2023 (arXiv 2305.16300)
         "The pass key{of} is {number}. Remember it. {number} is the pass key{of}.",
-        "What is the pass key{of}?",
-        "The pass key{of} is",
+        "Which number is the pass key{of} in the text above?",
+        "The pass key{of} in the text above is the number",
     ),
     "letter": Wording(
         "P.S. The new telephone number of the office{of} is {number}, so please call there.",
@@ -36,9 +36,9 @@ WORDINGS = {
         "The telephone number of the office{of} is",
     ),
     "ledger": Wording(
-        "Received this day from the merchant{of}: {number} silver coins, paid in full.",
-        "How many silver coins were received from the merchant{of}?",
-        "The number of silver coins received from the merchant{of} is",
+        "The invoice{of} was entered in the ledger under {number} and is paid.",
+        "Under which number was the invoice{of} entered in the ledger?",
+        "The invoice{of} was entered in the ledger under",
     ),
     "notice": Wording(
         "Notice to all travellers: the train{of} that leaves at noon has the number {number}.",
