@@ -20,34 +20,45 @@ COLUMNS = {
     "perplexity": ("length", "windows", "tokens", "nll", "perplexity"),
 }
 """What a person is shown of each task, before what it cost."""
-COST = ("prefill_seconds", "answer_seconds", "density", "bytes", "memory", "anonymous")
+COST = {
+    "prefill_seconds": "read s", "answer_seconds": "answer s", "density": "density",
+    "bytes": "MB sent", "memory": "peak MB", "anonymous": "anon. MB",
+}  # fmt: skip
+"""What it cost, by the words that head it."""
+LEAST_WIDTH = 120
+"""Columns of a terminal that the widest table takes; a narrower one folds its lines rather than lose figures."""
+IN_BYTES = ("bytes", "memory", "anonymous")
 DRAWN = ("needle", "needles")
 """Tasks with a picture: length across, depth down."""
 
 
 def text(result: Result) -> str:
     """The rows as a table for a terminal; lists and answers are left to --json, and of the ranks' memory the most is shown."""
-    names = (*COLUMNS[result.task], *COST)
+    names = dict.fromkeys(COLUMNS[result.task]) | COST
     accuracy = "" if result.accuracy is None else f": {result.accuracy:.0%} correct"
     shown = Table(title=result.task + accuracy, title_justify="left", caption=result.protocol, caption_justify="left")
-    for name in names:
-        shown.add_column(name, justify="right")
+    for name, heading in names.items():
+        shown.add_column(heading or name, justify="right", no_wrap=True)
     for row in result.json()["rows"]:
-        shown.add_row(*(_cell(row[name]) for name in names))
-    console = Console()
+        shown.add_row(*(_cell(_megabytes(row[name]) if name in IN_BYTES else row[name]) for name in names))
+    console = Console(width=max(Console().width, LEAST_WIDTH))
     with console.capture() as captured:
         console.print(shown)
     return captured.get()
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return "" if None in value else f"{max(value):,}"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if value is None or isinstance(value, str):
         return value or ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _megabytes(value: Any) -> float | None:
+    """Of a number of bytes, or of the rank that has the most; None where one does not tell."""
+    most = value if isinstance(value, int) else None if None in value else max(value)
+    return None if most is None else most / 1e6
 
 
 def check_out(asked: Asked, out: Path | None) -> None:
