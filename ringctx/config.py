@@ -100,6 +100,47 @@ class PositionsConfig:
             raise ConfigError("longrope needs attention.positions.short and .long, each a list of one number a pair of rotated dims.")
 
 
+_BRANCHES = {
+    "none": (), "rerope": ("window",), "leaky_rerope": ("window", "factor"), "self_extend": ("window", "group"),
+    "lm_infinite": ("window", "sinks", "length"), "streaming": ("window", "sinks"), "dual_chunk": ("chunk", "length"),
+}  # fmt: skip
+"""The keys that each kind of attention.branches takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BranchesConfig:
+    """Distances between tokens other than how far apart they are, for sequences longer than the model was trained on."""
+
+    kind: Literal["none", "rerope", "leaky_rerope", "self_extend", "lm_infinite", "streaming", "dual_chunk"] = "none"
+    """none leaves distances alone; dual_chunk and self_extend see everything, lm_infinite and streaming sinks and a window alone;
+    the equations are in ringctx/methods/branches.py."""
+    window: int | None = None
+    """Latest keys, the token itself included, whose distances stay what they are. dual_chunk has chunks instead."""
+    factor: float | None = None
+    """leaky_rerope: how many times slower distances grow beyond the window."""
+    group: int | None = None
+    """self_extend: tokens that share a position beyond the window."""
+    sinks: int | None = None
+    """lm_infinite, streaming: first tokens of the sequence that all see in spite of the window."""
+    chunk: int | None = None
+    """dual_chunk: tokens a chunk; shorter than `length`, such as 3/4 of it."""
+    length: int | None = None
+    """dual_chunk, lm_infinite: the trained length; null for the model's own (dual_chunk) or the window (lm_infinite)."""
+
+    def __post_init__(self) -> None:
+        for key in dataclasses.fields(self)[1:]:
+            value, is_taken = getattr(self, key.name), key.name in _BRANCHES[self.kind]
+            if value is not None and not is_taken:
+                others = ", ".join(kind for kind, keys in _BRANCHES.items() if key.name in keys)
+                raise ConfigError(
+                    f"attention.branches.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
+                )
+            if value is None and is_taken and key.name != "length":
+                raise ConfigError(f"attention.branches.{key.name} is missing; {self.kind} needs it: a number of 1 or more.")
+            if value is not None and not 1 <= value < math.inf:
+                raise ConfigError(f"attention.branches.{key.name} is {value}; it must be at least 1.")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:
     """What is attended, on top of the model's own (causal) attention."""
@@ -109,7 +150,35 @@ class AttentionConfig:
     sinks: int = 0
     """First tokens of the sequence that all see in spite of the window."""
     positions: PositionsConfig = field(default_factory=PositionsConfig)
-    """How the model reads on past its trained length."""
+    """How the model reads on past its trained length: by other frequencies."""
+    branches: BranchesConfig = field(default_factory=BranchesConfig)
+    """How the model reads on past its trained length: by other distances. window and sinks above narrow what branches see."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecallConfig:
+    """Answering from the few blocks of a long text that a question asks for; ringctx/runtime/recall.py says how they are found."""
+
+    blocks: int = 0
+    """Blocks that a question is answered from, beside the text's first and last tokens; 0 answers from the whole cache."""
+    block: int = 64
+    """Tokens of a block."""
+    margin: int = 16
+    """Tokens on either side that come along with a block, because what is asked for may lie across its border."""
+    sinks: int = 64
+    """First tokens of the text that every question sees."""
+    recent: int = 256
+    """Last tokens of the text that every question sees."""
+    heads: tuple[tuple[int, ...], ...] = ()
+    """Heads whose attention finds the blocks, each [layer, query head]; empty for all, which is slower and finds less."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("blocks", 0), ("block", 1), ("margin", 0), ("sinks", 1), ("recent", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"cache.recall.{name} is {getattr(self, name)}; it must be at least {least}.")
+        for head in self.heads:
+            if len(head) != 2:
+                raise ConfigError(f"cache.recall.heads holds {list(head)}; each head is written [layer, query head].")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +195,8 @@ class CacheConfig:
     """A folder on a disk: keys and values lie in files there, gone when the run ends. With auto, only if nothing fits, in int8."""
     memory_gib: float | None = None
     """GiB that auto may fill with keys and values on each rank."""
+    recall: RecallConfig = field(default_factory=RecallConfig)
+    """Blocks of the text that a question is answered from, in the place of all of it."""
     save_every: int = 65536
     """With --save: tokens read from one save to the next, rounded up to whole chunks; the end of the prompt is always saved."""
 

@@ -53,6 +53,8 @@ class Context:
 
     layout: where this call's tokens live; None while the ring is alone and the caller did not say, or during decode.
     after_layer: called with the layer's number when its attention is done (progress).
+    asked: called with each layer's number, queries (b s h d) before rotation, key heads and attention, before it is computed.
+    recalled: the cache holds just what is to be seen, so each layer's asked pattern gives way to the model's own.
     last_layer: this layer's keys are the last that are wanted: once they are cached, `KeysCached` ends the model's forward.
     patterns: who saw whom in each layer's latest attention, the model's own windows included.
     """
@@ -64,17 +66,28 @@ class Context:
     cache: Cache | None = None
     decoding: bool = False
     after_layer: Callable[[int], None] | None = None
+    asked: Callable[[int, Tensor, int, Attention], None] | None = None
+    recalled: bool = False
     last_layer: int | None = None
     patterns: dict[int, Pattern] = field(default_factory=dict)
     seconds: float = field(default=0.0)
     """Spent inside attention, waiting for other ranks included (on CPUs; a GPU runs behind)."""
 
     @contextmanager
-    def caching(self, layout: Layout, cache: Cache, last_layer: int) -> Iterator[None]:
-        """For the one call of the model inside: it ends when the keys of its last layer are in the cache; nothing comes out."""
+    def recalling(self) -> Iterator[None]:
+        """For the calls inside: the cache holds what was recalled, all of which is to be seen."""
+        self.recalled = True
+        try:
+            yield
+        finally:
+            self.recalled = False
+
+    @contextmanager
+    def caching(self, layout: Layout | None, cache: Cache, last_layer: int, *, decoding: bool = False) -> Iterator[None]:
+        """For the one call of the model inside: it ends when the keys of this layer are in the cache; nothing comes out."""
         self.last_layer = last_layer
         try:
-            with self.running(layout, cache), suppress(KeysCached):
+            with self.running(layout, cache, decoding=decoding), suppress(KeysCached):
                 yield
         finally:
             self.last_layer = None
@@ -96,10 +109,14 @@ class Context:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         """One layer's attention: q (b s h d), k and v (b s g d), none of them rotated  ->  (b s h d)."""
         began = time.perf_counter()
+        if self.asked:
+            self.asked(layer, q, k.shape[2], attention)
         is_wanted = layer != self.last_layer
-        out = self._decode(layer, q, k, v, attention) if self.decoding else self._whole(layer, q, k, v, attention, is_wanted)
+        attend = self._decode if self.decoding else self._whole
+        out = attend(layer, q, k, v, attention, is_wanted)
         self.seconds += time.perf_counter() - began
-        self.patterns[layer] = attention.pattern
+        if not self.recalled:
+            self.patterns[layer] = attention.seen
         if self.after_layer:
             self.after_layer(layer)
         if not is_wanted:
@@ -125,9 +142,11 @@ class Context:
             return out
         return torch.cat((out, out.new_zeros(*q.shape[:1], q.shape[1] - num_own, *out.shape[2:])), dim=1)
 
-    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention, is_wanted: bool) -> Tensor:
         assert self.cache is not None
         self.cache.append(layer, k, v)
+        if not is_wanted:
+            return q
         new = range(self.cache.layout.length - q.shape[1], self.cache.layout.length)
         key_layout, spans = self._wanted(attention, q.shape[2], Layout(((new,), *((),) * (self.ring.size - 1))))
         if key_layout.length < new.stop:  # the newest key is not seen by itself, but decoding counts queries back from it
@@ -142,8 +161,7 @@ class Context:
     def _wanted(self, attention: Attention, num_heads: int, queries: Layout) -> tuple[Layout, Spans]:
         """Of the cached keys those that these queries see: where they live, and this rank's positions. A window leaves most alone."""
         assert self.cache is not None
-        patterns = tuple(pattern for _, pattern in attention.pattern.heads(num_heads))
-        key_layout, spans = wanted(patterns, queries, self.cache.layout)
+        key_layout, spans = wanted(attention.patterns(num_heads), queries, self.cache.layout)
         return key_layout, spans[self.ring.rank]
 
     def _layout_of(self, num_tokens: int) -> Layout:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ringctx.core.attention import Attention
-from ringctx.core.layout import Layout
+from ringctx.core.layout import Layout, Ranges, indices_of, ranges_of
 from ringctx.core.tiles import Spans
 from ringctx.errors import ConfigError, LayoutError
 from ringctx.runtime.storage import Mark, Store, open_store
@@ -126,6 +126,23 @@ class KVCache:
     def next_owner(self) -> int:
         """The rank that keeps the next token."""
         return self._grown // self.page % self.size
+
+    def holding(self, kept: Ranges) -> KVCache:
+        """A cache of its own with these tokens, given by ascending index, which are 0, 1, 2, … there; each stays on its rank.
+
+        Keys and values are as they are read here, held as the model computes them.
+        """
+        places, spans = [], []
+        indices = indices_of(kept)
+        for rank in range(self.size):
+            own = self._layout.indices(rank)
+            places.append(torch.isin(own, indices).nonzero()[:, 0])
+            spans.append(ranges_of(torch.searchsorted(indices, own[places[rank]])))
+        small = KVCache(self.num_layers, self.rank, self.size, self.page, self.keep_rotated, len(places[self.rank]) + 4 * self.page)
+        small.extend(Layout(tuple(spans)))
+        for number, layer in enumerate(self._layers):
+            small.append(number, layer.keys.select(places[self.rank]), layer.values.select(places[self.rank]))
+        return small
 
     def mark(self) -> CacheMark:
         """Where it stands now, for `restore`."""

@@ -28,6 +28,7 @@ from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
 from ringctx.runtime.prompts import Prompts
+from ringctx.runtime.recall import heads_of, recall
 from ringctx.runtime.sampling import Sampler
 from ringctx.runtime.snapshot import Snapshot, source_of
 from ringctx.runtime.stream import Stream
@@ -88,9 +89,11 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
         known = trained_of(model) if config.attention.positions.kind != "none" else None
-        context = wrap(model, ring, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
+        asked = attention_of(config.attention, getattr(model.config, "max_position_embeddings", None))
+        context = wrap(model, ring, asked, transport=config.ring.transport, kernel=config.ring.kernel)
         engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
         engine._extend(1)  # what this model cannot take is refused now, not after the prompt
+        heads_of(config.cache.recall, model)
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
         return engine
 
@@ -209,33 +212,44 @@ class Engine:
                 "give it the tokens that were read and the question's after them."
             )
         self._extend(reading.length)
-        mark = reading.cache.mark()
-        try:
-            prefill_began = time.perf_counter()
-            logits = self._rest(reading, prompt, listener)
+        prefill_began = time.perf_counter()
+        with self._going_on(reading, prompt[num_read:]) as cache:
+            logits = self._rest(cache, prompt[num_read:], listener)
             prefill_seconds = time.perf_counter() - prefill_began
             listener.prefilled()
             decode_began = time.perf_counter()
             stream = Stream(self.tokenizer, listener.text, generation.stop)
-            tokens, first_at = self._decode(logits, reading.cache, prompt, stream, generation)
+            tokens, first_at = self._decode(logits, cache, prompt, stream, generation)
             decode_seconds = time.perf_counter() - decode_began
-        finally:
-            reading.cache.restore(mark)
         num_new = len(prompt) - num_read
         if new is not None:
             prefill_seconds, num_new = prefill_seconds + new.seconds, len(prompt) - new.num_resumed
         seconds = Seconds(load=self.load_seconds, prefill=prefill_seconds, first_token=first_at - began, decode=decode_seconds)
         return self._report(stream.close(), tokens, len(prompt), num_new, seconds)
 
-    def _rest(self, reading: Reading, prompt: list[int], listener: Listener) -> Tensor:
-        """Read what the prompt has beyond the reading; the last token's logits (1 1 vocabulary), on every rank."""
-        layouts = self.chunks(len(reading.tokens), len(prompt))
-        listener.began(len(prompt) - len(reading.tokens), len(layouts))
+    @contextmanager
+    def _going_on(self, reading: Reading, rest: list[int]) -> Iterator[KVCache]:
+        """The cache that the rest of the prompt goes on from: all that was read, or what it recalls of that."""
+        if self.config.cache.recall.blocks:
+            with self.context.recalling():
+                yield recall(self.config.cache, self.model, self.context, reading.cache, rest)
+            return
+        mark = reading.cache.mark()
+        try:
+            yield reading.cache
+        finally:
+            reading.cache.restore(mark)
+
+    def _rest(self, cache: KVCache, rest: list[int], listener: Listener) -> Tensor:
+        """Read the rest of a prompt after what the cache holds; the last token's logits (1 1 vocabulary), on every rank."""
+        begin = cache.layout.length
+        tokens, layouts = torch.tensor([0] * begin + rest), self.chunks(begin, begin + len(rest))
+        listener.began(len(rest), len(layouts))
         with self.timed("question", listener):
             for layout in layouts[:-1]:
-                self._cache(torch.tensor(prompt), layout, reading.cache)
-            logits = self._read(torch.tensor(prompt), layouts[-1], reading.cache)
-        return broadcast(self.ring, logits.contiguous(), layouts[-1].owner(len(prompt) - 1), "the prompt's last logits")
+                self._cache(tokens, layout, cache)
+            logits = self._read(tokens, layouts[-1], cache)
+        return broadcast(self.ring, logits.contiguous(), layouts[-1].owner(len(tokens) - 1), "the prompt's last logits")
 
     def _decode(
         self, logits: Tensor, cache: KVCache, prompt: list[int], stream: Stream, generation: GenerationConfig
@@ -357,7 +371,7 @@ class Engine:
     def _warn_if_long(self, num_tokens: int) -> None:
         length = getattr(self.model.config, "max_position_embeddings", None)
         asked, positions = num_tokens + self.config.generation.max_new_tokens, self.config.attention.positions
-        if not length or positions.kind == "dynamic_ntk":  # it stretches as far as it is asked
+        if not length or positions.kind == "dynamic_ntk" or self.config.attention.branches.kind != "none":  # as far as they are asked
             return
         if asked > length * (positions.factor or 1.0):
             stretched = f" and stretched {positions.factor:g} times" if positions.factor else ""

@@ -189,7 +189,7 @@ def source_of(config: Config, model: Any, prompt: list[int], length: int, storag
     of_model = hashlib.sha256((checkpoint(config.model.path) / "config.json").read_bytes())
     for name, weight in model.named_parameters():
         of_model.update(f"{name} {tuple(weight.shape)} {weight.detach().flatten()[:64].tolist()}".encode())
-    positions = config.attention.positions
+    positions, branches = config.attention.positions, config.attention.branches
     of_length = positions.kind in ("dynamic_ntk", "longrope")  # these turn by the length of prompt and answer
     return {
         "model": of_model.hexdigest(),
@@ -200,6 +200,7 @@ def source_of(config: Config, model: Any, prompt: list[int], length: int, storag
         "attention.window": config.attention.window,
         "attention.sinks": config.attention.sinks,
         "attention.positions": asdict(positions),
+        "attention.branches": asdict(branches) if branches.kind != "none" else None,
         "a length in tokens of": length if of_length else None,
         "cache.storage": storage,
     }
