@@ -170,6 +170,8 @@ class RecallConfig:
     """First tokens of the text that every question sees."""
     recent: int = 256
     """Last tokens of the text that every question sees."""
+    reread: bool = True
+    """Read the blocks anew, one after the other, as a short text; false takes their keys and values as they were when all was read."""
     heads: tuple[tuple[int, ...], ...] = ()
     """Heads whose attention finds the blocks, each [layer, query head]; empty for all, which is slower and finds less."""
 

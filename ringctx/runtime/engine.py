@@ -219,8 +219,8 @@ class Engine:
             )
         self._extend(reading.length)
         prefill_began = time.perf_counter()
-        with self._going_on(reading, prompt[num_read:], new) as cache:
-            logits = self._rest(cache, prompt[num_read:], listener)
+        with self._going_on(reading, prompt[num_read:], new) as (cache, rest):
+            logits = self._rest(cache, rest, listener)
             prefill_seconds = time.perf_counter() - prefill_began
             listener.prefilled()
             decode_began = time.perf_counter()
@@ -238,15 +238,15 @@ class Engine:
             self.evictor.prompt = prompt
 
     @contextmanager
-    def _going_on(self, reading: Reading, rest: list[int], new: Reading | None) -> Iterator[KVCache]:
-        """The cache that the rest of the prompt goes on from: all that was read, or what it recalls of that."""
+    def _going_on(self, reading: Reading, rest: list[int], new: Reading | None) -> Iterator[tuple[KVCache, list[int]]]:
+        """The cache that the rest of the prompt goes on from, and what is read then: all that was read, or what the rest recalls of it."""
         if self.config.cache.recall.blocks:
             with self.context.recalling():
-                yield recall(self.config.cache, self.model, self.context, reading.cache, rest)
+                yield recall(self.config.cache, self.model, self.context, reading.cache, reading.tokens, rest)
             return
         mark = reading.cache.mark() if new is None or self.evictor is None else None  # a mark would keep what is evicted
         try:
-            yield reading.cache
+            yield reading.cache, rest
         finally:
             if mark is not None:
                 reading.cache.restore(mark)

@@ -84,10 +84,13 @@ def heads_of(config: RecallConfig, model: Any) -> tuple[Head, ...]:
 
 
 @torch.no_grad()
-def recall(config: CacheConfig, model: Any, context: Context, cache: KVCache, question: list[int]) -> KVCache:
-    """A small cache with what the question, a list of tokens, needs of the text in the cache. All ranks call it together.
+def recall(
+    config: CacheConfig, model: Any, context: Context, cache: KVCache, text: list[int], question: list[int]
+) -> tuple[KVCache, list[int]]:
+    """A small cache with what the question needs of the text, and the tokens that are to be read after it: the question's.
 
-    Inside `context.recalling()`. The question's keys are not in what is returned.
+    text: the tokens in the cache. Where blocks are read anew, the small cache is empty and their tokens come before the question's.
+    All ranks call it together, inside `context.recalling()`.
     """
     asking = Asking(heads_of(config.recall, model))
     small = cache.holding(ends(config.recall, cache.layout.length))
@@ -104,7 +107,9 @@ def recall(config: CacheConfig, model: Any, context: Context, cache: KVCache, qu
     kept = chosen(config.recall, asking, cache, context.ring)
     where = " ".join(f"{r.start}-{r.stop - 1}" for r in kept)
     logger.info("%d of %d tokens are recalled: %s.", count(kept), cache.layout.length, where)
-    return cache.holding(kept)
+    if config.recall.reread:
+        return cache.holding(()), [*(text[i] for r in kept for i in r), *question]
+    return cache.holding(kept), question
 
 
 def ends(config: RecallConfig, length: int) -> Ranges:
