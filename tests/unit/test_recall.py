@@ -111,16 +111,18 @@ def test_what_is_held_is_what_lies_at_those_indices(storage, size):
                 assert torch.equal(got, whole[:, own])
 
 
-@pytest.mark.parametrize("setting", ["layout.chunk=null", "layout.chunk=64", "cache.storage=bf16"])
-def test_an_answer_from_all_blocks_is_the_answer_from_the_whole(setting):
-    all_of_it = "cache.recall={blocks: 1000, block: 8, margin: 3, sinks: 3, recent: 9, heads: [[1, 2]]}"
+@pytest.mark.parametrize("setting", ["layout.chunk=null", "layout.chunk=64", "layout.kind=striped"])
+@pytest.mark.parametrize("reread", ["true", "false"])
+def test_an_answer_from_all_blocks_is_the_answer_from_the_whole(setting, reread):
+    all_of_it = f"cache.recall={{blocks: 1000, block: 8, margin: 3, sinks: 3, recent: 9, heads: [[1, 2]], reread: {reread}}}"
     ours, theirs = engine(setting, all_of_it), engine(setting)
     assert ours.generate(DOCUMENT, "Who?").tokens == theirs.generate(DOCUMENT, "Who?").tokens
 
 
-def test_an_answer_from_some_blocks_is_that_of_a_text_of_these_blocks_and_the_reading_stays():
-    """Read without a window the keys of a first layer are the text's own, so a model of one layer answers as from the shorter text."""
-    ours = engine("cache.recall={blocks: 2, block: 8, margin: 1, sinks: 3, recent: 9, heads: [[0, 0]]}", "generation.max_new_tokens=6")
+@pytest.mark.parametrize("reread", ["true", "false"])
+def test_questions_leave_the_reading_as_it_was(reread):
+    recalls = f"cache.recall={{blocks: 2, block: 8, margin: 1, sinks: 3, recent: 9, heads: [[0, 0]], reread: {reread}}}"
+    ours = engine(recalls, "generation.max_new_tokens=6")
     reading = ours.read(ours.prompts.opening(DOCUMENT))
     before = [x.clone() for x in reading.cache.read(1)]
     prompts = [ours.prompt(DOCUMENT, question) for question in ("Who?", "What was created?", "Who?")]
@@ -130,23 +132,39 @@ def test_an_answer_from_some_blocks_is_that_of_a_text_of_these_blocks_and_the_re
     assert not ours.context.recalled and ours.context.asked is None
 
 
+def test_blocks_that_are_read_anew_answer_as_a_text_of_these_blocks():
+    """The prompt is as long as the blocks and the question."""
+    ours = engine("cache.recall={blocks: 2, block: 8, margin: 1, sinks: 3, recent: 9, heads: [[0, 0]]}", "generation.max_new_tokens=6")
+    reading, prompt = ours.read(ours.prompts.opening(DOCUMENT)), ours.prompt(DOCUMENT, "Who?")
+    heard: list[tuple[int, int]] = []
+    answer = ours.answer(reading, prompt, Listener(began=lambda *n: heard.append(n)))
+    ((num_read, _),) = heard
+    rest = prompt[len(reading.tokens) :]
+    assert 3 + 9 + 8 <= num_read - len(rest) <= 3 + 9 + 2 * (8 + 2)
+    with ours.context.recalling():
+        _, shorter = recall.recall(ours.config.cache, ours.model, ours.context, reading.cache, reading.tokens, rest)
+    assert shorter[-len(rest) :] == rest and len(shorter) == num_read
+    assert answer.tokens == engine("generation.max_new_tokens=6").complete(shorter).tokens
+
+
 def test_a_window_of_reading_does_not_hide_what_is_recalled(monkeypatch):
     seen = []
     ours = engine("attention.window=8", "attention.sinks=1", "cache.recall={blocks: 2, block: 8, margin: 0, sinks: 3, recent: 20}")
     attend = type(ours.context).attend
-    monkeypatch.setattr(
-        type(ours.context), "attend", lambda self, *a: (seen.append((self.recalled, str(a[4].pattern))), attend(self, *a))[1]
-    )
+
+    def noted(context, *arguments):
+        seen.append((context.recalled, str(arguments[4].pattern)))
+        return attend(context, *arguments)
+
+    monkeypatch.setattr(type(ours.context), "attend", noted)
     ours.generate(DOCUMENT, "Who?")
-    assert {pattern for recalled, pattern in seen if recalled} == {"causal()"}
+    assert {pattern for recalled, pattern in seen if recalled} == {"causal"}
     assert all("window(8)" in pattern for recalled, pattern in seen if not recalled)
     assert all("window(8)" in str(pattern) for pattern in ours.context.patterns.values())
 
 
 def test_heads_that_are_not_there_are_refused_before_anything_is_read():
-    with pytest.raises(
-        ConfigError, match="names head 9 of layer 1, but the model has layers 0 to 1 of 4 heads each; name heads that there"
-    ):
+    with pytest.raises(ConfigError, match="names head 9 of layer 1, but the model has layers 0 to 1 of 4 heads each"):
         engine("cache.recall={blocks: 2, heads: [[1, 9]]}")
     assert len(heads_of(RecallConfig(), engine().model)) == 8
 
