@@ -50,6 +50,7 @@ class Attention:
 
     pattern: who sees whom.  encoding: a rotary encoding of q and k by index, or None if they come encoded.
     scores: elementwise ones (a softcap) first, then additive ones.  sink: Tensor (h,), one more logit per head without a value.
+    select: a Selector, which narrows the pattern to what its encoded queries and keys make worth attending to; inference alone.
     dropout: probability of dropping each weight.  scale: of the logits; 1/sqrt(d) when None.
     Raises ConfigError when the order of scores or the dropout cannot be right, Unsupported for what is not built yet.
     """
@@ -66,7 +67,7 @@ class Attention:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("branches", "carry", "select"):
+        for name in ("branches", "carry"):
             if getattr(self, name):
                 raise Unsupported(f"Attention({name}=...) is not built yet; leave it out.")
         if self.normaliser != "softmax":
@@ -75,6 +76,8 @@ class Attention:
             raise ConfigError(f"dropout must lie in 0 <= p < 1; got {self.dropout}.")
         if not isinstance(self.pattern, Pattern):
             raise ConfigError(f"pattern must be a Pattern, such as ringctx.patterns.causal(); got {type(self.pattern).__name__}.")
+        if self.select is not None and not hasattr(self.select, "select"):
+            raise ConfigError(f"select must be a Selector, such as those of ringctx.methods.selectors; got {self.select!r}.")
         kinds = [_kind(score) for score in self.scores]
         if kinds != sorted(kinds, reverse=True):
             raise ConfigError("Scores run in the order elementwise (softcap), then additive (ALiBi, bias); list them so.")
@@ -106,11 +109,13 @@ class Attention:
         """The same on every rank for equal keys, and different for different ones, as far as patterns and scores print their content."""
         scores = ", ".join(map(described, self.scores))
         sink = None if self.sink is None else tuple(self.sink.shape)
-        return f"{self.pattern!r}, scores {scores}, sink {sink}, dropout {self.dropout!r}, scale {self.scale!r}"
+        select = None if self.select is None else described(self.select)
+        return f"{self.pattern!r}, scores {scores}, sink {sink}, select {select}, dropout {self.dropout!r}, scale {self.scale!r}"
 
     def __str__(self) -> str:
         says = lambda s: str(s) if _prints(s, "__str__") else described(s)
         parts = [str(self.pattern), *map(says, self.scores)]
+        parts += [] if self.select is None else [f"select {self.select}"]
         parts += ["sink"] * (self.sink is not None) + [f"dropout {self.dropout}"] * (self.dropout > 0)
         parts += [f"scale {self.scale}"] * (self.scale is not None)
         return ", ".join(parts)
@@ -125,11 +130,11 @@ def _kind(score: object) -> str:
 
 
 def _has_params(score: Any) -> bool:
-    return _kind(score) == "additive" and bool(score.params())
+    return isinstance(score, AdditiveScore) and bool(score.params())
 
 
 def described(score: Any) -> str:
-    """A score in words that are the same in every process: content where it prints it, shapes where it holds tensors."""
+    """A score or selector in words that are the same in every process: content where it prints it, shapes where it holds tensors."""
     if _has_params(score):
         shapes = ", ".join(f"{tuple(p.shape)} {p.dtype}" for p in score.params())
         return f"{type(score).__qualname__}({shapes})"
