@@ -100,6 +100,67 @@ class PositionsConfig:
             raise ConfigError("longrope needs attention.positions.short and .long, each a list of one number a pair of rotated dims.")
 
 
+_SELECT = {
+    "none": (), "vertical_slash": ("verticals", "slashes", "last"), "a_shape": ("initial", "local"),
+    "flex_prefill": ("gamma", "tau", "least", "block"), "x_attention": ("threshold", "stride", "block"),
+    "sparge": ("similarity", "mass"), "quest": ("blocks", "block"), "moba": ("blocks", "block"),
+    "representatives": ("blocks", "block", "representatives", "initial", "local"),
+}  # fmt: skip
+"""The keys that each kind of attention.select takes, dense_layers besides."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectConfig:
+    """Which keys are worth attending to, decided from queries and keys; null leaves a method's own default."""
+
+    kind: Literal["none", "vertical_slash", "a_shape", "flex_prefill", "x_attention", "sparge", "quest", "representatives", "moba"] = "none"
+    """none attends to all; quest selects while decoding, a_shape, representatives and moba always, the others while reading."""
+    dense_layers: int = 0
+    """The first layers, which attend to all."""
+    verticals: int | None = None
+    """vertical_slash: columns of keys that a head keeps."""
+    slashes: int | None = None
+    """vertical_slash: diagonals that a head keeps."""
+    last: int | None = None
+    """vertical_slash: the last queries, which decide."""
+    initial: int | None = None
+    """a_shape, representatives: first keys that all see."""
+    local: int | None = None
+    """a_shape, representatives: latest keys that a token sees."""
+    gamma: float | None = None
+    """flex_prefill: the share of attention to keep."""
+    tau: float | None = None
+    """flex_prefill: the distance below which a head decides by pooled products."""
+    least: int | None = None
+    """flex_prefill: tokens that are always kept."""
+    threshold: float | None = None
+    """x_attention: the share of a row's antidiagonal attention to keep."""
+    stride: int | None = None
+    """x_attention: tokens of a cell."""
+    similarity: float | None = None
+    """sparge: how alike a block's tokens must be for their mean to stand for them."""
+    mass: float | None = None
+    """sparge: the share of pooled attention to keep."""
+    blocks: int | None = None
+    """quest, representatives, moba: blocks (quest: pages) of keys that a query sees."""
+    block: int | None = None
+    """flex_prefill, x_attention, quest, representatives, moba: tokens of a block (quest: of a page)."""
+    representatives: int | None = None
+    """representatives: keys of a block that stand for it."""
+
+    def __post_init__(self) -> None:
+        if self.dense_layers < 0 or (self.dense_layers and self.kind == "none"):
+            raise ConfigError(
+                f"attention.select.dense_layers is {self.dense_layers}; it counts layers, 0 or more, and needs a kind but none."
+            )
+        for key in dataclasses.fields(self):
+            if key.name not in ("kind", "dense_layers", *_SELECT[self.kind]) and getattr(self, key.name) is not None:
+                others = ", ".join(kind for kind, keys in _SELECT.items() if key.name in keys)
+                raise ConfigError(
+                    f"attention.select.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
+                )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:
     """What is attended, on top of the model's own (causal) attention."""
@@ -110,6 +171,8 @@ class AttentionConfig:
     """First tokens of the sequence that all see in spite of the window."""
     positions: PositionsConfig = field(default_factory=PositionsConfig)
     """How the model reads on past its trained length."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Which keys are worth attending to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,7 +59,7 @@ def select_problem(attention: Attention, q: Tensor, length: int, train: bool) ->
     """Why this attention cannot select for q (b s h d) among `length` indices, or None."""
     if attention.select is None:
         return None
-    name = type(attention.select).__name__
+    name = repr(attention.select).partition("(")[0]
     if train:
         return Unsupported(f"{name} selects for inference and has no backward; call it under torch.no_grad(), or train without select.")
     if q.shape[0] != 1:

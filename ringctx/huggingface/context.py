@@ -22,6 +22,7 @@ from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
 from ringctx.core.plan import wanted
 from ringctx.core.ring import Ring
+from ringctx.core.select import Selector, Sight
 from ringctx.core.tiles import Spans
 from ringctx.errors import ConfigError, LayoutError
 
@@ -49,7 +50,8 @@ class Context:
 
     layout: where this call's tokens live; None while the ring is alone and the caller did not say, or during decode.
     after_layer: called with the layer's number when its attention is done (progress).
-    patterns: who saw whom in each layer's latest attention, the model's own windows included.
+    patterns: who saw whom in each layer's latest attention, the model's own windows included, and what a selector chose.
+    chunks: the same for every chunk of the sequence that was prefilled last, each with its layout.
     """
 
     ring: Ring
@@ -60,6 +62,7 @@ class Context:
     decoding: bool = False
     after_layer: Callable[[int], None] | None = None
     patterns: dict[int, Pattern] = field(default_factory=dict)
+    chunks: dict[int, list[tuple[Layout, Pattern]]] = field(default_factory=dict)
     seconds: float = field(default=0.0)
     """Spent inside attention, waiting for other ranks included (on CPUs; a GPU runs behind)."""
 
@@ -80,12 +83,22 @@ class Context:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         """One layer's attention: q (b s h d), k and v (b s g d), none of them rotated  ->  (b s h d)."""
         began = time.perf_counter()
-        out = self._decode(layer, q, k, v, attention) if self.decoding else self._whole(layer, q, k, v, attention)
+        watched = Watched(attention.select) if attention.select is not None else None
+        asked = replace(attention, select=watched) if watched else attention
+        out = self._decode(layer, q, k, v, asked) if self.decoding else self._whole(layer, q, k, v, asked)
         self.seconds += time.perf_counter() - began
-        self.patterns[layer] = attention.pattern
+        self._note(layer, attention.pattern & watched.chosen if watched and watched.chosen else attention.pattern, q.shape[1])
         if self.after_layer:
             self.after_layer(layer)
         return out
+
+    def _note(self, layer: int, pattern: Pattern, num_tokens: int) -> None:
+        self.patterns[layer] = pattern
+        if not self.decoding:
+            layout, before = self._layout_of(num_tokens), self.chunks.get(layer, [])
+            first = layout.length - sum(map(layout.count, range(layout.size)))
+            goes_on = bool(before) and before[-1][0].length == first
+            self.chunks[layer] = [*(before if goes_on else []), (layout, pattern)]
 
     def _whole(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         layout = self._layout_of(q.shape[1])
@@ -157,6 +170,22 @@ class Context:
                 f"but its tokens' indices are {_ends(indices)}. "
                 "Pass position_ids=layout.indices(ring.rank)[None]; packed documents need no restart, since rotation is relative."
             )
+
+
+class Watched:
+    """A selector that remembers what it chose, and passes for the one inside."""
+
+    def __init__(self, selector: Selector) -> None:
+        self.selector, self.prefill, self.decode = selector, selector.prefill, selector.decode
+        self.chosen: Pattern | None = None
+
+    def select(self, q: Tensor, k: Tensor, sight: Sight) -> Pattern:
+        """What the selector inside chooses."""
+        self.chosen = self.selector.select(q, k, sight)
+        return self.chosen
+
+    def __repr__(self) -> str:
+        return repr(self.selector)
 
 
 def _ends(numbers: Tensor) -> str:

@@ -29,6 +29,7 @@ from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
 from ringctx.runtime.sampling import Sampler
+from ringctx.runtime.selecting import selecting
 from ringctx.runtime.snapshot import Snapshot, source_of
 from ringctx.runtime.stream import Stream
 from ringctx.runtime.talk import broadcast, share
@@ -129,7 +130,8 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
         known = trained_of(model) if config.attention.positions.kind != "none" else None
-        context = wrap(model, ring, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
+        asked = selecting(attention_of(config.attention), config.attention.select, int(model.config.num_hidden_layers))
+        context = wrap(model, ring, asked, transport=config.ring.transport, kernel=config.ring.kernel)
         engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
         engine._extend(1)  # what this model cannot take is refused now, not after the prompt
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)

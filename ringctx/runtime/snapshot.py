@@ -199,6 +199,7 @@ def source_of(config: Config, model: Any, prompt: list[int], storage: str) -> di
         "attention.window": config.attention.window,
         "attention.sinks": config.attention.sinks,
         "attention.positions": asdict(positions),
+        "attention.select": asdict(config.attention.select),
         "generation.max_new_tokens": config.generation.max_new_tokens if of_length else None,
         "cache.storage": storage,
     }

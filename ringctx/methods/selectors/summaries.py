@@ -60,7 +60,7 @@ def block_bounds(ring: Ring, x: Tensor, layout: Layout, block: int, length: int)
     places = [torch.unique(layout.indices(r) // block, return_inverse=True) for r in range(ring.size)]
     touched, inverse = places[ring.rank]
     mine = x.new_full((len(touched), *x.shape[1:]), -torch.inf)
-    mine.index_reduce_(0, inverse.to(x.device), x, "amax")
+    mine.scatter_reduce_(0, inverse.to(x.device)[:, None, None].expand_as(x), x, "amax")
     total = x.new_full((num_blocks(length, block), *x.shape[1:]), -torch.inf)
     for (blocks, _), part in zip(places, share(ring, mine, KIND, [len(blocks) for blocks, _ in places]), strict=True):
         blocks = blocks.to(x.device)
