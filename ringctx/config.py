@@ -101,7 +101,7 @@ class PositionsConfig:
 
 
 _SELECT = {
-    "none": (), "vertical_slash": ("verticals", "slashes", "last"), "a_shape": ("initial", "local"),
+    "none": (), "vertical_slash": ("verticals", "slashes", "last", "first", "near", "tile"), "a_shape": ("initial", "local"),
     "flex_prefill": ("gamma", "tau", "least", "block"), "x_attention": ("threshold", "stride", "block"),
     "sparge": ("similarity", "mass"), "quest": ("blocks", "block"), "moba": ("blocks", "block"),
     "representatives": ("blocks", "block", "representatives", "initial", "local"),
@@ -123,6 +123,12 @@ class SelectConfig:
     """vertical_slash: diagonals that a head keeps."""
     last: int | None = None
     """vertical_slash: the last queries, which decide."""
+    first: int | None = None
+    """vertical_slash: first keys that are columns in any case."""
+    near: int | None = None
+    """vertical_slash: nearest diagonals that are kept in any case."""
+    tile: int | None = None
+    """vertical_slash: the edge of the squares that diagonals are widened to."""
     initial: int | None = None
     """a_shape, representatives: first keys that all see."""
     local: int | None = None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ringctx.core.lines import Lines
 from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Causal, Pattern, Verdict
 from ringctx.errors import ConfigError, LayoutError
 from ringctx.patterns import blocks, causal, dilated, documents, fixed, full, global_tokens, per_head, prefix, sinks, strided, window
@@ -71,6 +72,19 @@ COMPOSED = [
     per_head({documents(ids=tiles(2, S).long()): [0], causal() | global_tokens([3]): [2, 1]}),
     per_head({blocks(tiles(3, 3, 3), 4): [2, 0], ~per_head({full(): 0, sinks(2): [1, 2]}): [1]}),
 ]
+
+LINES = [
+    Lines((), ()),
+    Lines((0, 3, 4), ()),
+    Lines((), (0, 1, 5)),
+    Lines((2, 9, 11), (0, 2, 3, 7), 3),
+    Lines((1,), (0, 6, 40), 4),
+    Lines(tuple(range(12)), (1,), 2),
+    Lines((5,), tuple(range(12)), 5),
+    causal() & Lines((0, 7), (0, 1, 4), 2),
+    per_head({Lines((1, 2), (0,)): 0, Lines((), (0, 3), 4) & causal(): [1, 2]}),
+]
+COMPOSED += LINES
 
 SPANS = [range(a, b) for a in range(S) for b in range(a + 1, S + 1)]
 STEPPED = [range(a, last + 1, step) for step in (2, 3, 5) for a in range(S) for last in range(a + step, S, step)]
@@ -309,7 +323,27 @@ def test_documents_with_many_borders_are_judged_and_hashed_once():
     assert hash(pattern) == pattern.__dict__["_hash"]
 
 
+def test_lines_are_columns_and_diagonals_widened_to_squares():
+    for columns, offsets, tile in (((0, 3), (1, 4), 1), ((5,), (0, 6), 4), ((), (2,), 12)):
+        want = torch.zeros(S, S, dtype=torch.bool)
+        want[:, list(columns)] = True
+        for i, other, offset in itertools.product(range(S), range(2 * S), offsets):
+            if i // tile == other // tile and 0 <= other - offset < S:
+                want[i, other - offset] = True
+        assert torch.equal(Lines(columns, offsets, tile).allows(INDEX, INDEX), want)
+    many = Lines(tuple(range(0, 10**6, 1000)), tuple(range(0, 10**6, 250)), 64)
+    assert many.judge(range(900_000, 900_030), range(899_860, 899_870)) is EMPTY
+
+
+def test_blocks_with_rows_of_many_bits_print_their_content():
+    wide = torch.zeros(1, 20_000, dtype=torch.bool)
+    wide[0, -1] = True
+    assert repr(blocks(wide, 16)) == f"Blocks(masks=8{'0' * 4999}, columns=20000, size=(16, 16))"
+
+
 REFUSALS = [
+    (lambda: Lines((3, 1), ()), ConfigError, "Lines takes ascending numbers, each once, and was given 3 1"),
+    (lambda: Lines((), (0,), 0), ConfigError, "Lines was given a tile of 0"),
     (lambda: window(0), ConfigError, "window was given 0; a window counts the token itself.*1 or more"),
     (lambda: window(2.0), ConfigError, "window was given 2.0"),
     (lambda: window(True), ConfigError, "window was given True"),

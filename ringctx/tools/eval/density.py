@@ -21,7 +21,7 @@ def density(engine: Engine, length: int) -> float:
     heads = int(engine.model.config.num_attention_heads)
     layers = Counter(tuple(chunks) for chunks in engine.context.chunks.values())
     allowed = sum(
-        times * len(group) * pairs(part, length, _span(layout))
+        times * len(group) * pairs(part, layout.length, _span(layout))
         for chunks, times in layers.items()
         for layout, whole in chunks
         for group, part in whole.heads(heads)
