@@ -48,10 +48,9 @@ class Representatives:
         else:
             rows, queries = last_queries(q, sight, self.recent)
         keys = sight.key_layout.indices(sight.ring.rank)
-        before = (rows[:, None] >= keys).double().to(q.device)  # (L n)
-        each = queries.double().flatten(1).T @ before  # (h d, n): the sum of the queries that count for each key
-        expanded = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
-        relevance = torch.einsum("hdn,nhd->hn", each.view(*q.shape[1:], len(keys)), expanded)
+        before, ratio = (rows[:, None] >= keys).double().to(q.device), q.shape[1] // k.shape[1]  # (L n)
+        products = lambda head: queries[:, head].double() @ k[:, head // ratio].double().T
+        relevance = torch.stack([(products(head) * before).sum(0) for head in range(q.shape[1])])
         best = torch.stack(share(sight.ring, self._best(relevance, keys.to(q.device), sight.length), KIND))  # (R h blocks r)
         best = best.permute(1, 2, 0, 3).flatten(2).sort(-1, descending=True).values[..., : self.representatives]
         there = ~best.isneginf()
@@ -63,7 +62,12 @@ class Representatives:
         """The greatest relevance of this rank's keys in each block: (h, n) -> (h, blocks, r), -inf where there are fewer keys."""
         shape = (len(relevance), num_blocks(length, self.block), self.representatives)
         best = relevance.new_full(shape, -torch.inf)
-        for block in (keys // self.block).unique().tolist():
-            mine = relevance[:, keys // self.block == block].sort(-1, descending=True).values[:, : self.representatives]
-            best[:, block, : mine.shape[1]] = mine
+        if not len(keys):
+            return best
+        order = relevance.argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(-1, (keys // self.block)[order].argsort(dim=-1, stable=True))  # by block, in each the greatest first
+        blocks = (keys // self.block).sort().values
+        place = torch.arange(len(blocks), device=keys.device) - torch.searchsorted(blocks, blocks)
+        few = place < self.representatives
+        best[:, blocks[few], place[few]] = relevance.gather(-1, order)[:, few]
         return best
