@@ -72,7 +72,7 @@ class Context:
     layout: where this call's tokens live; None while the ring is alone and the caller did not say, or during decode.
     after_layer: called with the layer's number when its attention is done (progress).
     asked: called with each layer's number, queries (b s h d) before rotation, key heads and attention, before it is computed.
-    recalled: the cache holds just what is to be seen, so each layer's asked pattern gives way to the model's own.
+    recalled: the cache holds just what is to be seen, so what was asked for long texts (window, branches, selection) gives way.
     last_layer: this layer's keys are the last that are wanted: once they are cached, `KeysCached` ends the model's forward.
     evictor: drops keys of the cache, layer by layer, or None.
     patterns: who saw whom in each layer's latest attention, the model's own windows included, and what a selector chose.
