@@ -1,12 +1,12 @@
 """wrap: a transformers model attends over the ring from now on.
 
 transformers hands its attention interface keys that are already rotated. So the model's rotary module is made to turn
-nothing (cos 1, sin 0), and its frequencies become the encoding of each layer's `Attention`.
+nothing (cos 1, sin 0), and its frequencies, which may differ by type of layer, become the encoding of each layer's `Attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ringctx.core.attention import Attention
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.huggingface.context import Context
-from ringctx.huggingface.families import attention_modules, family_of, rotary_module
+from ringctx.huggingface.families import attention_modules, family_of, rotary_module, tables_of
 from ringctx.methods.rotary import Rotary
 from ringctx.methods.scores import Softcap
 from ringctx.patterns import window
@@ -27,17 +27,21 @@ IMPLEMENTATION = "ringctx"
 
 
 class Still(nn.Module):
-    """Stands where the rotary module stood and turns nothing: cos 1, sin 0."""
+    """Stands where the rotary module stood and turns nothing: cos 1, sin 0, of the widths that it gave."""
 
-    def __init__(self, width: int, context: Context, original: nn.Module) -> None:
+    def __init__(self, context: Context, original: nn.Module, kinds: Iterable[str | None]) -> None:
         super().__init__()
-        self.width, self.context = width, context
+        self.context = context
         self.__dict__["original"] = original  # not a submodule: it must not move, train or be saved
+        device = next(original.buffers()).device
+        first = (torch.zeros(1, 1, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device))
+        self.widths = {kind: original(*first, *([] if kind is None else [kind]))[0].shape[-1] for kind in kinds}
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """x gives dtype and device; position_ids (1, s) are compared with the layout's indices."""
         self.context.check_positions(position_ids)
-        return x.new_ones(1, 1, self.width), x.new_zeros(1, 1, self.width)
+        width = self.widths[layer_type]
+        return x.new_ones(1, 1, width), x.new_zeros(1, 1, width)
 
 
 class Layer:
@@ -50,18 +54,17 @@ class Layer:
 
     def attention(self, *, scale: float | None, width: int | None, cap: float | None, sink: Tensor | None, dropout: float) -> Attention:
         """The model's window narrows the pattern; its cap, sink and scale fill what the user left open."""
-        key = (scale, width, cap, id(sink), dropout)
+        key, asked = (scale, width, cap, dropout), self.asked
         if key not in self._made:
-            asked = self.asked
             self._made[key] = replace(
                 asked,
                 pattern=asked.pattern & window(width) if width else asked.pattern,
                 scores=(Softcap(cap), *asked.scores) if cap else asked.scores,
                 scale=scale if asked.scale is None else asked.scale,
-                sink=sink if asked.sink is None else asked.sink,
                 dropout=dropout or asked.dropout,
             )
-        return self._made[key]
+        made = self._made[key]  # without the sink: it may be another tensor at each call
+        return made if sink is None or asked.sink is not None else replace(made, sink=sink)
 
 
 def wrap(
@@ -81,7 +84,7 @@ def wrap(
     model's causal one; a window that the model has in a layer narrows it further.
     Raises Unsupported for families that were not checked and for rotary types that depend on the length.
     """
-    family_of(model)
+    family = family_of(model)
     if getattr(model, "ringctx", None) is not None:
         raise ConfigError("The model is wrapped already; call unwrap(model) before wrapping it for another ring or attention.")
     parent, name, original = rotary_module(model)
@@ -90,13 +93,13 @@ def wrap(
     unknown = sorted(set(asked) - {int(m.layer_idx) for m in modules})  # type: ignore[arg-type]
     if unknown:
         raise ConfigError(f"attention names layers {unknown}, but the model has layers 0 to {len(modules) - 1}.")
-    encoding = Rotary(tuple(original.inv_freq.float().tolist()), float(original.attention_scaling))  # type: ignore[operator, arg-type]
-    context = Context(ring, transport, kernel)
+    tables, context = tables_of(original), Context(ring, transport, kernel)
+    config: Any = model.config
     for module in modules:
         index = int(module.layer_idx)  # type: ignore[arg-type]
-        rotates = bool(getattr(module, "use_rope", True))
-        module.ringctx = Layer(context, index, asked.get(index) or Attention(), encoding if rotates else None)  # type: ignore[assignment]
-    setattr(parent, name, Still(encoding.width, context, original))
+        encoding = tables[None if None in tables else config.layer_types[index]]
+        module.ringctx = Layer(context, index, asked.get(index) or Attention(), encoding if family.rotates(module) else None)  # type: ignore[assignment]
+    setattr(parent, name, Still(context, original, tables))
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     model.__dict__["_before_ringctx"] = model.config._attn_implementation  # type: ignore[union-attr]
