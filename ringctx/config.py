@@ -32,6 +32,8 @@ class ModelConfig:
     """auto: bfloat16 where the hardware multiplies it natively, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU for each rank if there are enough, else the CPU."""
+    tensor_parallel: int = 1
+    """Ranks over which the weights are spread; ranks = ring x tensor_parallel, neighbours share their tokens. 1: each has them all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,6 +167,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, value, least in (
+            ("model.tensor_parallel", self.model.tensor_parallel, 1),
             ("ring.timeout", self.ring.timeout, 0.001),
             ("attention.window", self.attention.window, 1),
             ("attention.sinks", self.attention.sinks, 0),

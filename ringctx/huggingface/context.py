@@ -24,6 +24,7 @@ from ringctx.core.plan import wanted
 from ringctx.core.ring import Ring
 from ringctx.core.tiles import Spans
 from ringctx.errors import ConfigError, LayoutError
+from ringctx.huggingface.shards import lost
 
 
 class Cache(Protocol):
@@ -49,12 +50,14 @@ class Context:
 
     layout: where this call's tokens live; None while the ring is alone and the caller did not say, or during decode.
     after_layer: called with the layer's number when its attention is done (progress).
+    parts: over how many ranks the weights are spread, each with its own heads.
     patterns: who saw whom in each layer's latest attention, the model's own windows included.
     """
 
     ring: Ring
     transport: str = "auto"
     kernel: str = "auto"
+    parts: int = 1
     layout: Layout | None = None
     cache: Cache | None = None
     decoding: bool = False
@@ -74,6 +77,10 @@ class Context:
         self.layout, self.cache, self.decoding = layout, cache, decoding
         try:
             yield self
+        except RuntimeError as error:
+            if self.parts > 1 and (sentence := lost(error)):
+                raise sentence from error
+            raise
         finally:
             self.layout, self.cache, self.decoding = before
 

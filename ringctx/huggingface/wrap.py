@@ -19,6 +19,7 @@ from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.huggingface.context import Context
 from ringctx.huggingface.families import attention_modules, family_of, rotary_module, tables_of
+from ringctx.huggingface.shards import parts_of
 from ringctx.methods.rotary import Rotary
 from ringctx.methods.scores import Softcap
 from ringctx.patterns import window
@@ -93,8 +94,10 @@ def wrap(
     unknown = sorted(set(asked) - {int(m.layer_idx) for m in modules})  # type: ignore[arg-type]
     if unknown:
         raise ConfigError(f"attention names layers {unknown}, but the model has layers 0 to {len(modules) - 1}.")
-    tables, context = tables_of(original), Context(ring, transport, kernel)
+    tables, context = tables_of(original), Context(ring, transport, kernel, parts_of(model))
     config: Any = model.config
+    if context.parts > 1:
+        _check_heads(asked.values(), config.num_attention_heads)
     for module in modules:
         index = int(module.layer_idx)  # type: ignore[arg-type]
         encoding = tables[None if None in tables else config.layer_types[index]]
@@ -106,6 +109,23 @@ def wrap(
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
     model.__dict__["ringctx"] = context
     return context
+
+
+def _check_heads(asked: Iterable[Attention | None], num_heads: int) -> None:
+    """A rank of a row numbers its own heads from 0. Raises Unsupported for what depends on a head's number in the whole model."""
+    for attention in filter(None, asked):
+        what = {
+            "a pattern that differs by head": len(attention.pattern.heads(num_heads)) > 1,
+            "an additive score": bool(attention.additive),
+            "a sink": attention.sink is not None,
+            "dropout": attention.dropout > 0,
+        }
+        found = [name for name, is_asked in what.items() if is_asked]
+        if found:
+            raise Unsupported(
+                f"The model is spread over ranks by heads (tensor parallel), but its attention was asked for {' and '.join(found)}, "
+                "which go by a head's number in the whole model; load the model whole on each rank, or leave that out."
+            )
 
 
 def turn(model: nn.Module, encoding: Rotary) -> None:
@@ -150,7 +170,10 @@ def _attention(
         raise ConfigError("This model asks for attention 'ringctx' but was not wrapped; call ringctx.huggingface.wrap(model, ring).")
     if attention_mask is not None:
         raise Unsupported("A 4-d attention mask was given; say it as a Pattern instead: wrap(model, ring, Attention(pattern=...)).")
-    attention = layer.attention(scale=scaling, width=sliding_window, cap=softcap, sink=s_aux, dropout=dropout if module.training else 0.0)
+    dropout = dropout if module.training else 0.0
+    if dropout and layer.context.parts > 1:
+        raise Unsupported("Heads that are spread over ranks (tensor parallel) drop no weights; set attention_dropout to 0.")
+    attention = layer.attention(scale=scaling, width=sliding_window, cap=softcap, sink=s_aux, dropout=dropout)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return layer.context.attend(layer.index, q, k, v, attention), None
 

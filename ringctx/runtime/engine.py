@@ -21,7 +21,8 @@ from ringctx.config import AttentionConfig, Config, PositionsConfig
 from ringctx.core.attention import Attention
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
-from ringctx.huggingface import Context, trained_of, turn, wrap
+from ringctx.errors import ConfigError
+from ringctx.huggingface import Context, shards, trained_of, turn, wrap
 from ringctx.methods import extend
 from ringctx.methods.rotary import Rotary
 from ringctx.patterns import causal, sinks, window
@@ -98,6 +99,8 @@ class Folders:
 class Engine:
     """A wrapped model with its tokenizer, on this rank.
 
+    world: all ranks, which the ring is some of where `model.tensor_parallel` spreads the weights; then every rank of a row has
+    the same tokens and its own heads.
     trained: what the rotary encoding was trained with where `attention.positions` extends it, else None.
     num_resumed: tokens of the latest prompt that a snapshot held, so that they were not read.
     """
@@ -107,6 +110,7 @@ class Engine:
     context: Context
     config: Config
     device: torch.device
+    world: Ring
     load_seconds: float = 0.0
     trained: extend.Trained | None = None
     attention_seconds: dict[str, float] = field(default_factory=dict)
@@ -114,30 +118,31 @@ class Engine:
 
     @classmethod
     def load(cls, config: Config, ring: Ring, *, began: float | None = None) -> Self:
-        """Fetch the weights if need be, load them on this rank, and make the model attend over the ring.
+        """Fetch the weights if need be, load them on this rank, or its part of them, and make the model attend over the ring.
 
-        began: the `time.perf_counter()` from which loading counts; now by default.
+        ring: all ranks. began: the `time.perf_counter()` from which loading counts; now by default.
         """
         began = time.perf_counter() if began is None else began
         folder = checkpoint(config.model.path)
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
         device = device_of(config.model)
         dtype = dtype_of(config.model, device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+        world = ring
+        model, ring = shards.load(folder, world, config.model.tensor_parallel, dtype=dtype, device=device)
         known = trained_of(model) if config.attention.positions.kind != "none" else None
         context = wrap(model, ring, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
-        engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
+        engine = cls(model, tokenizer, context, config, device, world, time.perf_counter() - began, known)
         engine._extend(1)  # what this model cannot take is refused now, not after the prompt
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
         return engine
 
     @property
     def ring(self) -> Ring:
-        """The ranks that share the sequence."""
+        """The ranks that share the sequence, each with other tokens."""
         return self.context.ring
 
     @property
@@ -269,6 +274,8 @@ class Engine:
         save, resume = folders.save, folders.resume
         if save is None and resume is None:
             return None, 0
+        if self.context.parts > 1:
+            raise ConfigError("A snapshot holds all heads of a token; leave --save and --resume out, or set model.tensor_parallel to 1.")
         if len(layouts) == 1:
             logger.warning("The prompt is one chunk, so a resumed run reads all of it again; set layout.chunk to read it in several.")
         source = source_of(self.config, self.model, prompt, cache.storage)
@@ -307,7 +314,7 @@ class Engine:
     def _shape(self) -> Shape:
         model = self.model.config
         width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        return Shape(self.num_layers, model.num_key_value_heads, width, self.model.dtype)
+        return Shape(self.num_layers, shards.key_heads_of(self.model), width, self.model.dtype)
 
     def _extend(self, length: int) -> None:
         """Turn positions as `attention.positions` says for a sequence of this many tokens, the answer's included.
@@ -329,9 +336,9 @@ class Engine:
 
     def _agree(self, token: int, what: str) -> int:
         """Rank 0's token, on all ranks: machines that round differently must not part ways."""
-        if self.ring.size == 1:
+        if self.world.size == 1:
             return token
-        return int(broadcast(self.ring, torch.tensor([token], device=self.device), 0, what))
+        return int(broadcast(self.world, torch.tensor([token], device=self.device), 0, what))
 
     def _ends(self) -> set[int]:
         """The tokens that end a text, as the checkpoint's generation settings or its tokenizer say."""
@@ -352,7 +359,7 @@ class Engine:
 
     def _report(self, answer: str, tokens: list[int], prompt_tokens: int, seconds: Seconds) -> Answer:
         facts = {"memory": peak_memory(self.device), "sent": dict(self.ring.traffic.sent)}
-        everyone = share(self.ring, facts, self.device, "memory and traffic of each rank")
+        everyone = share(self.world, facts, self.device, "memory and traffic of each rank")
         sent: dict[str, int] = {}
         for rank in everyone:
             for kind, count in rank["sent"].items():
@@ -360,7 +367,7 @@ class Engine:
         num_read = prompt_tokens - self.num_resumed
         speed = {"prefill": num_read / seconds.prefill, "decode": (len(tokens) - 1) / seconds.decode if len(tokens) > 1 else 0.0}
         return Answer(
-            answer=answer, tokens=tokens, prompt_tokens=prompt_tokens, ranks=self.ring.size, seconds=seconds,
+            answer=answer, tokens=tokens, prompt_tokens=prompt_tokens, ranks=self.world.size, seconds=seconds,
             tokens_per_second=speed, bytes=sent, memory=[rank["memory"] for rank in everyone],
         )  # fmt: skip
 

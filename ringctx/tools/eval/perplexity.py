@@ -50,11 +50,11 @@ def run(engine: Engine, tokens: list[int], listener: Listener) -> list[Perplexit
     sums = losses.new_zeros(len(ends), dtype=torch.float64).index_add(0, bucket, losses.double()).tolist()
     seconds = time.perf_counter() - began
     facts = {"sums": sums, "sent": engine.ring.traffic.sent.total()}
-    everyone = share(engine.ring, facts, engine.device, "losses of each rank")
+    everyone = share(engine.world, facts, engine.device, "losses of each rank")
     whole = {"seconds": seconds, "density": density(engine, len(tokens)), "bytes": sum(rank["sent"] for rank in everyone)}
     rows = []
     for n, end in enumerate(ends):
         count = min(end, len(tokens) - 1) - end // 2
-        nll = sum(rank["sums"][n] for rank in everyone) / count
+        nll = sum(rank["sums"][n] for rank in everyone) / engine.context.parts / count
         rows.append(PerplexityRow(length=end, depth=None, correct=None, nll=nll, perplexity=math.exp(nll), tokens=count, **whole))
     return rows
