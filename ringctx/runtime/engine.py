@@ -99,9 +99,8 @@ class Folders:
 class Engine:
     """A wrapped model with its tokenizer, on this rank.
 
-    world: all ranks, which the ring is some of where `model.tensor_parallel` spreads the weights; then every rank of a row has
-    the same tokens and its own heads.
     trained: what the rotary encoding was trained with where `attention.positions` extends it, else None.
+    all_ranks: what the ring is a column of where `model.tensor_parallel` spreads the weights; None where it is all ranks.
     num_resumed: tokens of the latest prompt that a snapshot held, so that they were not read.
     """
 
@@ -110,11 +109,11 @@ class Engine:
     context: Context
     config: Config
     device: torch.device
-    world: Ring
     load_seconds: float = 0.0
     trained: extend.Trained | None = None
     attention_seconds: dict[str, float] = field(default_factory=dict)
     num_resumed: int = 0
+    all_ranks: Ring | None = None
 
     @classmethod
     def load(cls, config: Config, ring: Ring, *, began: float | None = None) -> Self:
@@ -131,11 +130,10 @@ class Engine:
         device = device_of(config.model)
         dtype = dtype_of(config.model, device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        world = ring
-        model, ring = shards.load(folder, world, config.model.tensor_parallel, dtype=dtype, device=device)
+        model, column = shards.load(folder, ring, config.model.tensor_parallel, dtype=dtype, device=device)
         known = trained_of(model) if config.attention.positions.kind != "none" else None
-        context = wrap(model, ring, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
-        engine = cls(model, tokenizer, context, config, device, world, time.perf_counter() - began, known)
+        context = wrap(model, column, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
+        engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known, all_ranks=ring)
         engine._extend(1)  # what this model cannot take is refused now, not after the prompt
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
         return engine
@@ -144,6 +142,11 @@ class Engine:
     def ring(self) -> Ring:
         """The ranks that share the sequence, each with other tokens."""
         return self.context.ring
+
+    @property
+    def world(self) -> Ring:
+        """All ranks: the ring's, and with `model.tensor_parallel` those that have the same tokens and other heads."""
+        return self.ring if self.all_ranks is None else self.all_ranks
 
     @property
     def num_layers(self) -> int:
@@ -336,9 +339,7 @@ class Engine:
 
     def _agree(self, token: int, what: str) -> int:
         """Rank 0's token, on all ranks: machines that round differently must not part ways."""
-        if self.world.size == 1:
-            return token
-        return int(broadcast(self.world, torch.tensor([token], device=self.device), 0, what))
+        return token if self.world.size == 1 else int(broadcast(self.world, torch.tensor([token], device=self.device), 0, what))
 
     def _ends(self) -> set[int]:
         """The tokens that end a text, as the checkpoint's generation settings or its tokenizer say."""

@@ -15,7 +15,7 @@ from ringctx.core.ring import Ring
 from ringctx.huggingface import wrap
 from ringctx.runtime.engine import Engine, Listener
 from ringctx.tools.eval import perplexity
-from tests.unit.test_huggingface import tiny
+from tests.tiny import tiny
 
 
 def rows_on(ring: Ring, kind: str, length: int, settings: str) -> list[Any]:
