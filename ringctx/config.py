@@ -51,6 +51,8 @@ class ModelConfig:
     """auto: bfloat16 where the hardware multiplies it natively, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU for each rank if there are enough, else the CPU."""
+    tensor_parallel: int = 1
+    """Ranks over which the weights are spread; ranks = ring x tensor_parallel, neighbours share their tokens. 1: each has them all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +114,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, value, least in (
+            ("model.tensor_parallel", self.model.tensor_parallel, 1),
             ("ring.timeout", self.ring.timeout, 0.001),
             ("attention.window", self.attention.window, 1),
             ("attention.sinks", self.attention.sinks, 0),
@@ -126,10 +129,25 @@ class Config:
         if self.attention.sinks and self.attention.window is None:
             raise ConfigError("attention.sinks means nothing without attention.window; set a window or leave sinks out.")
         self._check_storage()
+        self._check_spread()
         if "{document}" not in self.generation.prompt or "{question}" not in self.generation.prompt:
             raise ConfigError("generation.prompt must hold {document} and {question}; they are replaced by the text and the question.")
         if "" in self.generation.stop:
             raise ConfigError("generation.stop holds an empty text, which would end every answer before it begins; leave it out.")
+
+    def _check_spread(self) -> None:
+        """What decides by a rank's own heads is refused where a rank has only some: ranks of a row would decide otherwise."""
+        if self.model.tensor_parallel == 1:
+            return
+        for name, is_set in (
+            ("cache.evict", self.cache.evict.kind != "none"),
+            ("cache.recall", self.cache.recall.blocks > 0),
+            ("attention.select", self.attention.select.kind != "none"),
+        ):
+            if is_set:
+                raise ConfigError(
+                    f"{name} looks at all heads, and model.tensor_parallel leaves each rank some of them; set one of the two."
+                )
 
     def _check_storage(self) -> None:
         storage, page = self.cache.storage, self.cache.page

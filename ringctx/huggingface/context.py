@@ -27,6 +27,7 @@ from ringctx.core.select import Selector, Sight
 from ringctx.core.tiles import Spans
 from ringctx.core.visiting import attend_explicit
 from ringctx.errors import ConfigError, LayoutError
+from ringctx.huggingface.shards import lost
 
 
 class Cache(Protocol):
@@ -77,11 +78,13 @@ class Context:
     evictor: drops keys of the cache, layer by layer, or None.
     patterns: who saw whom in each layer's latest attention, the model's own windows included, and what a selector chose.
     chunks: the same for every chunk of the sequence that was prefilled last, each with its layout.
+    parts: over how many ranks the weights are spread, each with its own heads.
     """
 
     ring: Ring
     transport: str = "auto"
     kernel: str = "auto"
+    parts: int = 1
     layout: Layout | None = None
     cache: Cache | None = None
     decoding: bool = False
@@ -125,6 +128,10 @@ class Context:
         self.layout, self.cache, self.decoding = layout, cache, decoding
         try:
             yield self
+        except RuntimeError as error:
+            if self.parts > 1 and (sentence := lost(error)):
+                raise sentence from error
+            raise
         finally:
             self.layout, self.cache, self.decoding = before
 

@@ -1,12 +1,12 @@
 """wrap: a transformers model attends over the ring from now on.
 
 transformers hands its attention interface keys that are already rotated. So the model's rotary module is made to turn
-nothing (cos 1, sin 0), and its frequencies become the encoding of each layer's `Attention`.
+nothing (cos 1, sin 0), and its frequencies, which may differ by type of layer, become the encoding of each layer's `Attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -20,7 +20,8 @@ from ringctx.core.pattern import Causal
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.huggingface.context import Context
-from ringctx.huggingface.families import attention_modules, family_of, rotary_module
+from ringctx.huggingface.families import attention_modules, family_of, rotary_module, tables_of
+from ringctx.huggingface.shards import parts_of
 from ringctx.methods.branches import rotated_by
 from ringctx.methods.rotary import Rotary
 from ringctx.methods.scores import Softcap
@@ -30,17 +31,21 @@ IMPLEMENTATION = "ringctx"
 
 
 class Still(nn.Module):
-    """Stands where the rotary module stood and turns nothing: cos 1, sin 0."""
+    """Stands where the rotary module stood and turns nothing: cos 1, sin 0, of the widths that it gave."""
 
-    def __init__(self, width: int, context: Context, original: nn.Module) -> None:
+    def __init__(self, context: Context, original: nn.Module, kinds: Iterable[str | None]) -> None:
         super().__init__()
-        self.width, self.context = width, context
+        self.context = context
         self.__dict__["original"] = original  # not a submodule: it must not move, train or be saved
+        device = next(original.buffers()).device
+        first = (torch.zeros(1, 1, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device))
+        self.widths = {kind: original(*first, *([] if kind is None else [kind]))[0].shape[-1] for kind in kinds}
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
         """x gives dtype and device; position_ids (1, s) are compared with the layout's indices."""
         self.context.check_positions(position_ids)
-        return x.new_ones(1, 1, self.width), x.new_zeros(1, 1, self.width)
+        width = self.widths[layer_type]
+        return x.new_ones(1, 1, width), x.new_zeros(1, 1, width)
 
 
 class Layer:
@@ -58,7 +63,7 @@ class Layer:
     def attention(self, *, scale: float | None, width: int | None, cap: float | None, sink: Tensor | None, dropout: float) -> Attention:
         """The model's window narrows the pattern; its cap, sink and scale fill what the user left open."""
         recalled = self.context.recalled
-        key = (scale, width, cap, id(sink), dropout, recalled)
+        key = (scale, width, cap, dropout, recalled)
         if key not in self._made:
             asked = replace(self.asked, pattern=Causal(), encoding=self.own, branches=(), select=None) if recalled else self.asked
             self._made[key] = replace(
@@ -66,10 +71,10 @@ class Layer:
                 pattern=asked.pattern & window(width) if width else asked.pattern,
                 scores=(Softcap(cap), *asked.scores) if cap else asked.scores,
                 scale=scale if asked.scale is None else asked.scale,
-                sink=sink if asked.sink is None else asked.sink,
                 dropout=dropout or asked.dropout,
             )
-        return self._made[key]
+        made = self._made[key]  # without the sink: it may be another tensor at each call
+        return made if sink is None or made.sink is not None else replace(made, sink=sink)
 
 
 def wrap(
@@ -90,7 +95,7 @@ def wrap(
     model's own, and in a layer without rotation none.
     Raises Unsupported for families that were not checked and for rotary types that depend on the length.
     """
-    family_of(model)
+    family = family_of(model)
     if getattr(model, "ringctx", None) is not None:
         raise ConfigError("The model is wrapped already; call unwrap(model) before wrapping it for another ring or attention.")
     parent, name, original = rotary_module(model)
@@ -99,22 +104,39 @@ def wrap(
     unknown = sorted(set(asked) - {int(m.layer_idx) for m in modules})  # type: ignore[arg-type]
     if unknown:
         raise ConfigError(f"attention names layers {unknown}, but the model has layers 0 to {len(modules) - 1}.")
-    encoding = Rotary(tuple(original.inv_freq.float().tolist()), float(original.attention_scaling))  # type: ignore[operator, arg-type]
-    context, plain = Context(ring, transport, kernel), Attention()
+    tables, context, plain = tables_of(original), Context(ring, transport, kernel, parts_of(model)), Attention()
+    config: Any = model.config
+    if context.parts > 1:
+        _check_heads(asked.values(), config.num_attention_heads)
     rotated = cache(rotated_by)  # layers that are asked the same share one value, and so one table of angles
     for module in modules:
         index = int(module.layer_idx)  # type: ignore[arg-type]
-        rotates = bool(getattr(module, "use_rope", True))
-        module.ringctx = Layer(
-            context, index, rotated(asked.get(index) or plain, encoding if rotates else None), encoding if rotates else None
-        )  # type: ignore[assignment]
-    setattr(parent, name, Still(encoding.width, context, original))
+        own = tables[None if None in tables else config.layer_types[index]] if family.rotates(module) else None
+        module.ringctx = Layer(context, index, rotated(asked.get(index) or plain, own), own)  # type: ignore[assignment]
+    setattr(parent, name, Still(context, original, tables))
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     model.__dict__["_before_ringctx"] = model.config._attn_implementation  # type: ignore[union-attr]
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
     model.__dict__["ringctx"] = context
     return context
+
+
+def _check_heads(asked: Iterable[Attention | None], num_heads: int) -> None:
+    """A rank of a row numbers its own heads from 0. Raises Unsupported for what depends on a head's number in the whole model."""
+    for attention in filter(None, asked):
+        what = {
+            "a pattern that differs by head": len(attention.pattern.heads(num_heads)) > 1,
+            "an additive score": bool(attention.additive),
+            "a sink": attention.sink is not None,
+            "dropout": attention.dropout > 0,
+        }
+        found = [name for name, is_asked in what.items() if is_asked]
+        if found:
+            raise Unsupported(
+                f"The model is spread over ranks by heads (tensor parallel), but its attention was asked for {' and '.join(found)}, "
+                "which go by a head's number in the whole model; load the model whole on each rank, or leave that out."
+            )
 
 
 def turn(model: nn.Module, encoding: Rotary) -> None:
@@ -160,7 +182,10 @@ def _attention(
         raise ConfigError("This model asks for attention 'ringctx' but was not wrapped; call ringctx.huggingface.wrap(model, ring).")
     if attention_mask is not None:
         raise Unsupported("A 4-d attention mask was given; say it as a Pattern instead: wrap(model, ring, Attention(pattern=...)).")
-    attention = layer.attention(scale=scaling, width=sliding_window, cap=softcap, sink=s_aux, dropout=dropout if module.training else 0.0)
+    dropout = dropout if module.training else 0.0
+    if dropout and layer.context.parts > 1:
+        raise Unsupported("Heads that are spread over ranks (tensor parallel) drop no weights; set attention_dropout to 0.")
+    attention = layer.attention(scale=scaling, width=sliding_window, cap=softcap, sink=s_aux, dropout=dropout)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return layer.context.attend(layer.index, q, k, v, attention), None
 

@@ -20,7 +20,7 @@ from ringctx.config import Config, GenerationConfig
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
-from ringctx.huggingface import Context, trained_of, turn, wrap
+from ringctx.huggingface import Context, shards, trained_of, turn, wrap
 from ringctx.methods import extend
 from ringctx.runtime.answer import Answer, Folders, Listener, Seconds
 from ringctx.runtime.asked import attention_of, encoding_of, warn_if_long
@@ -64,6 +64,7 @@ class Engine:
 
     evictor: drops keys as `cache.evict` says; None where all are kept.
     trained: what the rotary encoding was trained with where `attention.positions` extends it, else None.
+    all_ranks: what the ring is a column of where `model.tensor_parallel` spreads the weights; None where it is all ranks.
     """
 
     model: Any
@@ -75,28 +76,29 @@ class Engine:
     trained: extend.Trained | None = None
     attention_seconds: dict[str, float] = field(default_factory=dict)
     evictor: Evictor | None = None
+    all_ranks: Ring | None = None
 
     @classmethod
     def load(cls, config: Config, ring: Ring, *, began: float | None = None) -> Self:
-        """Fetch the weights if need be, load them on this rank, and make the model attend over the ring.
+        """Fetch the weights if need be, load them on this rank, or its part of them, and make the model attend over the ring.
 
-        began: the `time.perf_counter()` from which loading counts; now by default.
+        ring: all ranks. began: the `time.perf_counter()` from which loading counts; now by default.
         """
         began = time.perf_counter() if began is None else began
         folder = checkpoint(config.model.path)
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
         device = device_of(config.model)
         dtype = dtype_of(config.model, device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+        model, column = shards.load(folder, ring, config.model.tensor_parallel, dtype=dtype, device=device)
         known = trained_of(model) if config.attention.positions.kind != "none" else None
         whole = attention_of(config.attention, getattr(model.config, "max_position_embeddings", None))
         asked = selecting(whole, config.attention.select, int(model.config.num_hidden_layers))
-        context = wrap(model, ring, asked, transport=config.ring.transport, kernel=config.ring.kernel)
-        engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
+        context = wrap(model, column, asked, transport=config.ring.transport, kernel=config.ring.kernel)
+        engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known, all_ranks=ring)
         engine.evictor = context.evictor = evictor_of(config.cache.evict, engine.num_layers, engine._shape().heads)
         engine._extend(1)  # what this model cannot take is refused now, not after the prompt
         heads_of(config.cache.recall, model)
@@ -105,8 +107,13 @@ class Engine:
 
     @property
     def ring(self) -> Ring:
-        """The ranks that share the sequence."""
+        """The ranks that share the sequence, each with other tokens."""
         return self.context.ring
+
+    @property
+    def world(self) -> Ring:
+        """All ranks: the ring's, and with `model.tensor_parallel` those that have the same tokens and other heads."""
+        return self.ring if self.all_ranks is None else self.all_ranks
 
     @property
     def num_layers(self) -> int:
@@ -235,10 +242,6 @@ class Engine:
         seconds = Seconds(load=self.load_seconds, prefill=prefill_seconds, first_token=first_at - began, decode=decode_seconds)
         return self._report(stream.close(), tokens, len(prompt), num_new, seconds)
 
-    def _will_read(self, prompt: range | None) -> None:
-        if self.evictor is not None:
-            self.evictor.prompt = prompt
-
     @contextmanager
     def _going_on(self, reading: Reading, rest: list[int], new: Reading | None) -> Iterator[tuple[KVCache, list[int]]]:
         """The cache that the rest of the prompt goes on from, and what is read then: all that was read, or what the rest recalls of it."""
@@ -257,7 +260,8 @@ class Engine:
         """Read the rest of a prompt after what the cache holds; the last token's logits (1 1 vocabulary), on every rank."""
         begin = cache.layout.length
         tokens, layouts = torch.tensor([0] * begin + rest), self.chunks(begin, begin + len(rest))
-        self._will_read(range(begin, len(tokens)))
+        if self.evictor is not None:
+            self.evictor.prompt = range(begin, len(tokens))
         listener.began(len(rest), len(layouts))
         with self.timed("question", listener):
             for layout in layouts[:-1]:
@@ -295,7 +299,8 @@ class Engine:
 
     def begin(self, layouts: list[Layout], num_new: int) -> KVCache:
         """An empty cache with room for these tokens and num_new after them; positions are set for as many."""
-        self._will_read(None)
+        if self.evictor is not None:
+            self.evictor.prompt = None
         ring, config, num_tokens = self.ring, self.config, layouts[-1].length if layouts else 0
         more = -(-num_new // ring.size) + config.cache.page
         rooms = [sum(x.count(rank) for x in layouts) + more for rank in range(ring.size)]
@@ -309,6 +314,8 @@ class Engine:
         save, resume = folders.save, folders.resume
         if save is None and resume is None:
             return None, 0
+        if self.context.parts > 1:
+            raise ConfigError("A snapshot holds all heads of a token; leave --save and --resume out, or set model.tensor_parallel to 1.")
         source = source_of(self.config, self.model, reading.tokens, reading.length, reading.cache.storage)
         old = Snapshot.open(resume, source, self.ring, self.device) if resume is not None else None
         saved, done = None, 0
@@ -353,7 +360,7 @@ class Engine:
     def _shape(self) -> Shape:
         model = self.model.config
         width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-        return Shape(self.num_layers, model.num_key_value_heads, width, self.model.dtype)
+        return Shape(self.num_layers, shards.key_heads_of(self.model), width, self.model.dtype)
 
     def _extend(self, length: int) -> None:
         """Turn positions as `attention.positions` says for a sequence of this many tokens, the answer's included.
@@ -374,9 +381,7 @@ class Engine:
 
     def _agree(self, token: int, what: str) -> int:
         """Rank 0's token, on all ranks: machines that round differently must not part ways."""
-        if self.ring.size == 1:
-            return token
-        return int(broadcast(self.ring, torch.tensor([token], device=self.device), 0, what))
+        return token if self.world.size == 1 else int(broadcast(self.world, torch.tensor([token], device=self.device), 0, what))
 
     def _ends(self) -> set[int]:
         """The tokens that end a text, as the checkpoint's generation settings or its tokenizer say."""
@@ -386,10 +391,10 @@ class Engine:
 
     def _report(self, answer: str, tokens: list[int], prompt_tokens: int, num_read: int, seconds: Seconds) -> Answer:
         facts = {"memory": peak_memory(self.device), "sent": dict(self.ring.traffic.sent)}
-        everyone = share(self.ring, facts, self.device, "memory and traffic of each rank")
+        everyone = share(self.world, facts, self.device, "memory and traffic of each rank")
         sent: Counter[str] = sum((Counter(rank["sent"]) for rank in everyone), Counter())
         speed = {"prefill": num_read / seconds.prefill, "decode": (len(tokens) - 1) / seconds.decode if len(tokens) > 1 else 0.0}
         return Answer(
-            answer=answer, tokens=tokens, prompt_tokens=prompt_tokens, ranks=self.ring.size, seconds=seconds,
+            answer=answer, tokens=tokens, prompt_tokens=prompt_tokens, ranks=self.world.size, seconds=seconds,
             tokens_per_second=speed, bytes=dict(sent), memory=[rank["memory"] for rank in everyone],
         )  # fmt: skip

@@ -16,7 +16,7 @@ from ringctx.runtime.answer import Listener
 from ringctx.runtime.engine import Engine
 from ringctx.runtime.losses import token_losses
 from ringctx.tools.eval import perplexity
-from tests.unit.test_huggingface import tiny
+from tests.tiny import tiny
 
 
 def rows_on(ring: Ring, kind: str, length: int, settings: str) -> list[Any]:

@@ -27,7 +27,7 @@ from ringctx.runtime.losses import token_losses  # noqa: E402
 from ringctx.tools.eval import Asked, check_out, needle, perplexity, report, watch  # noqa: E402
 from ringctx.tools.eval.asked import Result  # noqa: E402
 from ringctx.tools.eval.density import density, pairs  # noqa: E402
-from tests.unit.test_huggingface import tiny  # noqa: E402
+from tests.tiny import tiny  # noqa: E402
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny_cpu.yaml")
 TEXT = " ".join(f"Verse {n} says that the number of waters is {n * n} and no more." for n in range(60))

@@ -18,19 +18,8 @@ from ringctx.huggingface import FAMILIES, trained_of, turn, unwrap, wrap  # noqa
 from ringctx.methods.rotary import Rotary  # noqa: E402
 from ringctx.patterns import causal, window  # noqa: E402
 from ringctx.runtime.cache import KVCache  # noqa: E402
+from tests.tiny import tiny  # noqa: E402
 
-WINDOWS = {"sliding_window": 16}
-MIXED = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}
-EXTRA: dict[str, dict[str, Any]] = {
-    "mistral": WINDOWS,
-    "starcoder2": WINDOWS,
-    "mixtral": {**WINDOWS, "num_local_experts": 4},
-    "gemma2": {**WINDOWS, "head_dim": 32},
-    "qwen2": MIXED,
-    "qwen3": {**MIXED, "head_dim": 32},
-    "qwen3_moe": {**MIXED, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0},
-}
 IDS = torch.randint(3, 97, (2, 50), generator=torch.Generator().manual_seed(0))
 POSITIONS = torch.arange(50)[None]
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -38,23 +27,6 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
-
-
-def tiny(kind: str = "llama", **extra: Any) -> Any:
-    """A small random model of a family, with its own eager attention."""
-    shape: dict[str, Any] = {
-        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    config = transformers.AutoConfig.for_model(kind, **(shape | EXTRA.get(kind, {}) | extra))
-    config._attn_implementation = "eager"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(3 if weight.ndim > 1 else 1)  # sharper attention, so that a wrong mask shows
-    return model
 
 
 @torch.no_grad()
@@ -82,7 +54,7 @@ def test_scaled_frequencies_and_the_attention_factor_are_taken_over(rope):
 
 @torch.no_grad()
 @pytest.mark.parametrize("keep_rotated", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "smollm3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "phi3", "exaone4", "smollm3"])
 def test_prefill_and_decode_say_what_the_whole_says(kind, keep_rotated):
     model = tiny(kind)
     want = logits(model)[:1]
@@ -151,12 +123,38 @@ def test_frequencies_that_depend_on_the_length_are_refused():
         wrap(model, Ring.alone())
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+def test_longrope_of_a_checkpoint_is_refused_with_the_way_to_ask_for_it():
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    model = tiny("phi3", rope_parameters={"rope_type": "longrope", "rope_theta": 10_000.0, **factors})
+    with pytest.raises(Unsupported, match="rotary type is 'longrope'.*its factors in attention.positions of kind longrope"):
+        wrap(model, Ring.alone())
+
+
+def test_a_length_dependent_table_of_one_type_of_layer_is_refused():
+    rope = {"full_attention": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}}
+    with pytest.raises(Unsupported, match="rotary type is 'dynamic'"):
+        wrap(tiny("gemma3_text", rope_parameters=rope), Ring.alone())
+
+
+def test_layers_that_see_what_comes_after_are_refused():
+    with pytest.raises(Unsupported, match=r"Layers \[0, 1, 2, 3\] are not causal"):
+        wrap(tiny("gemma3_text", use_bidirectional_attention=True), Ring.alone())
+
+
+@pytest.mark.parametrize("kind", sorted(set(FAMILIES) - {"gemma3_text", "olmo3", "gpt_oss"}))
 def test_what_a_family_was_trained_with_is_its_own_rotation(kind):
     model = tiny(kind)
     trained, own = trained_of(model), model.model.rotary_emb.inv_freq
     assert trained.rotary == Rotary(tuple(own.tolist()))
     assert trained.length == 256
+
+
+def test_tables_that_differ_by_layer_are_not_extended_together():
+    for kind in ("gemma3_text", "olmo3"):
+        with pytest.raises(
+            Unsupported, match=r"in each type of layer \(full_attention, sliding_attention\).*Leave attention.positions out"
+        ):
+            trained_of(tiny(kind))
 
 
 def test_frequencies_that_were_rescaled_already_are_not_extended():

@@ -39,7 +39,7 @@ def ask(engine: Engine, planted: Planted, listener: Listener) -> Said:
             reading = engine.read(prompts[0][:shared], listener, room=longest - shared + engine.config.generation.max_new_tokens)
             prefill, sent = reading.seconds, engine.ring.traffic.sent.total()
             answers = [engine.answer(reading, prompt, listener) for prompt in prompts]
-    everyone = share(engine.ring, {"anonymous": peak.bytes, "sent": sent}, engine.device, "cost on each rank")
+    everyone = share(engine.world, {"anonymous": peak.bytes, "sent": sent}, engine.device, "cost on each rank")
     prefill += sum(answer.seconds.prefill for answer in answers)
     decode = sum(answer.seconds.decode for answer in answers)
     cost = {

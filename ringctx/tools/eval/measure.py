@@ -68,7 +68,7 @@ def _perplexity(engine: Engine, asked: Asked) -> Result:
 @contextmanager
 def _bar(engine: Engine, title: str, num_tokens: int) -> Iterator[Listener]:
     """A bar over the tokens of all runs, layer by layer, with an estimate of the time left; nothing on ranks other than 0."""
-    if engine.ring.rank:
+    if engine.world.rank:
         yield Listener()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn())

@@ -106,7 +106,7 @@ def _counted(engine: Engine, add_up: Callable[[], list[float]], length: int) -> 
         sums = add_up()
     seconds = time.perf_counter() - began
     facts = {"sums": sums, "sent": engine.ring.traffic.sent.total(), "memory": peak_memory(engine.device), "anonymous": peak.bytes}
-    everyone = share(engine.ring, facts, engine.device, "losses of each rank")
+    everyone = share(engine.world, facts, engine.device, "losses of each rank")
     cost = {
         "seconds": seconds,
         "prefill_seconds": seconds,
@@ -116,7 +116,7 @@ def _counted(engine: Engine, add_up: Callable[[], list[float]], length: int) -> 
         "memory": [rank["memory"] for rank in everyone],
         "anonymous": [rank["anonymous"] for rank in everyone],
     }
-    return [sum(parts) for parts in zip(*(rank["sums"] for rank in everyone), strict=True)], cost
+    return [sum(parts) / engine.context.parts for parts in zip(*(rank["sums"] for rank in everyone), strict=True)], cost
 
 
 def _row(length: int, nll: float, tokens: int, num_windows: int, cost: dict[str, Any]) -> PerplexityRow:
