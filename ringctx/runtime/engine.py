@@ -22,7 +22,7 @@ from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, trained_of, turn, wrap
 from ringctx.methods import extend
-from ringctx.runtime.answer import Answer, Folders, Listener, Seconds
+from ringctx.runtime.answer import Abandoned, Answer, Folders, Listener, Seconds
 from ringctx.runtime.asked import attention_of, encoding_of
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 QUESTION_ROOM = 1_024
 """Tokens that a question may take where nobody says; longer ones work, but memory grows for them."""
+
+ABANDONED = -1
+"""What rank 0 says in a token's place when nobody listens any more."""
 
 
 @dataclass
@@ -167,6 +170,7 @@ class Engine:
             listener.began(len(tokens) - reading.num_resumed, len(layouts) - done)
         with self.timed("prefill", listener):
             for layout in layouts[done:]:
+                self._agree(0, listener, "whether the reading goes on")
                 self._read(torch.tensor(tokens), layout, cache)
                 if saved and (layout is layouts[-1] or layout.length - saved.read >= self.config.cache.save_every):
                     saved.save(cache)
@@ -217,7 +221,7 @@ class Engine:
             listener.prefilled()
             decode_began = time.perf_counter()
             stream = Stream(self.tokenizer, listener.text, generation.stop)
-            tokens, first_at = self._decode(logits, reading.cache, prompt, stream, generation)
+            tokens, first_at = self._decode(logits, reading.cache, prompt, stream, generation, listener)
             decode_seconds = time.perf_counter() - decode_began
         finally:
             reading.cache.restore(mark)
@@ -233,11 +237,12 @@ class Engine:
         listener.began(len(prompt) - len(reading.tokens), len(layouts))
         with self.timed("question", listener):
             for layout in layouts:
+                self._agree(0, listener, "whether the reading goes on")
                 logits = self._read(torch.tensor(prompt), layout, reading.cache)
         return broadcast(self.ring, logits.contiguous(), layouts[-1].owner(len(prompt) - 1), "the prompt's last logits")
 
     def _decode(
-        self, logits: Tensor, cache: KVCache, prompt: list[int], stream: Stream, generation: GenerationConfig
+        self, logits: Tensor, cache: KVCache, prompt: list[int], stream: Stream, generation: GenerationConfig, listener: Listener
     ) -> tuple[list[int], float]:
         """The answer's tokens, and when the first of them was there."""
         chosen_by = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -246,11 +251,11 @@ class Engine:
         first_at = 0.0
         with self.timed("decode", Listener()):
             while True:
-                tokens.append(self._agree(sampler.choose(logits[0, -1]), f"token {len(tokens)} of the answer"))
+                tokens.append(self._agree(sampler.choose(logits[0, -1]), listener, f"token {len(tokens)} of the answer"))
                 first_at = first_at or time.perf_counter()
                 sampler.seen.add(tokens[-1])
                 stream.push(tokens[-1])
-                if stream.is_stopped or tokens[-1] in self._ends() or len(tokens) == generation.max_new_tokens:
+                if stream.is_stopped or tokens[-1] in self.ends() or len(tokens) == generation.max_new_tokens:
                     return tokens, first_at
                 logits = self._step(tokens[-1], cache)
 
@@ -334,13 +339,16 @@ class Engine:
             logits: Tensor = self.model(input_ids=ids, position_ids=position, use_cache=False).logits
         return logits
 
-    def _agree(self, token: int, what: str) -> int:
-        """Rank 0's token, on all ranks: machines that round differently must not part ways."""
-        if self.ring.size == 1:
-            return token
-        return int(broadcast(self.ring, torch.tensor([token], device=self.device), 0, what))
+    def _agree(self, token: int, listener: Listener, what: str) -> int:
+        """Rank 0's token, on all ranks: machines that round differently must not part ways. Abandoned if its listener is gone."""
+        token = ABANDONED if self.ring.rank == 0 and listener.is_gone() else token
+        if self.ring.size > 1:
+            token = int(broadcast(self.ring, torch.tensor([token], device=self.device), 0, what))
+        if token == ABANDONED:
+            raise Abandoned
+        return token
 
-    def _ends(self) -> set[int]:
+    def ends(self) -> set[int]:
         """The tokens that end a text, as the checkpoint's generation settings or its tokenizer say."""
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
