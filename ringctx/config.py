@@ -153,6 +153,30 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """Where `ringctx serve` listens, and how much it takes."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on; one that other machines reach needs a token."""
+    port: int = 8000
+    """0 for any that is free."""
+    token: str | None = None
+    """What clients must send as a bearer token; the environment's RINGCTX_TOKEN goes before it."""
+    body_bytes: int = 64 * 2**20
+    """The longest body of a request."""
+    queue: int = 64
+    """Requests that may wait for the ring."""
+    max_tokens: int = 4096
+    """The longest answer that a request may ask for."""
+    question_tokens: int = 2048
+    """Tokens that a conversation about a document may take after it; room for them is set aside with each document."""
+    documents: int = 16
+    """Documents that are kept."""
+    document_tokens: int = 1_000_000
+    """Tokens of all of them together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """All blocks of a configuration file."""
 
@@ -162,6 +186,7 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -173,6 +198,8 @@ class Config:
             ("cache.memory_gib", self.cache.memory_gib, 0.001),
             ("cache.save_every", self.cache.save_every, 1),
             ("generation.max_new_tokens", self.generation.max_new_tokens, 1),
+            *((f"server.{name}", getattr(self.server, name), 1) for name in _COUNTS),
+            ("server.port", self.server.port, 0),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}.")
@@ -195,6 +222,10 @@ class Config:
                 f"cache.page is {page}, but quantised keys share a step over a page, and below {LEAST_SHARED} tokens little is saved;"
             )
             raise ConfigError(f"{sentence} set cache.page to at least {LEAST_SHARED}, or cache.storage to model or bf16.")
+
+
+_COUNTS = ("body_bytes", "queue", "max_tokens", "question_tokens", "documents", "document_tokens")
+"""The keys of server that count something."""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
