@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from ringctx.config import Config
 from ringctx.runtime.server import bodies
@@ -81,27 +82,24 @@ class Server:
             first = await job.events.get()  # a refusal is still a status of its own, not an event in a stream
             if isinstance(first, Refusal):
                 raise first
-        return StreamingResponse(self._stream(request, job, form, ask, first), media_type="text/event-stream")
+        return _Stream(self._pieces(job, form, ask, first), self.desk, job)
 
-    async def _stream(self, request: Request, job: Job, form: Form, ask: Ask, first: Event) -> AsyncIterator[bytes]:
-        """The pieces as they come. When the client leaves, the response is cancelled, and the job with it."""
-        try:
-            if opening := form.opening():
-                yield event(opening)
-            now = first
-            while isinstance(now, Text):
-                yield event(form.piece(now))
-                now = await job.events.get()
-            if isinstance(now, Refusal):
-                yield event(now.json())
-                return
-            self.metrics.answered(now, time.monotonic() - job.arrived)
-            yield event(form.ending(now))
-            if ask.with_usage:
-                yield event(form.counted(now))
-            yield event("[DONE]")
-        finally:
-            self.desk.leave(job)
+    async def _pieces(self, job: Job, form: Form, ask: Ask, first: Event) -> AsyncIterator[bytes]:
+        """The answer's pieces as they come."""
+        if opening := form.opening():
+            yield event(opening)
+        now = first
+        while isinstance(now, Text):
+            yield event(form.piece(now))
+            now = await job.events.get()
+        if isinstance(now, Refusal):
+            yield event(now.json())
+            return
+        self.metrics.answered(now, time.monotonic() - job.arrived)
+        yield event(form.ending(now))
+        if ask.with_usage:
+            yield event(form.counted(now))
+        yield event("[DONE]")
 
     async def _end(self, job: Job) -> Done:
         """How the job ended, pieces left out. Raises the Refusal if it was one."""
@@ -220,6 +218,20 @@ class Server:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
             raise Refusal(401, "invalid_api_key", "The token is missing or wrong; send the header Authorization: Bearer TOKEN.")
+
+
+class _Stream(StreamingResponse):
+    """A stream whose job is left when it ends, however it ends: Starlette cancels it when the client leaves."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], desk: Desk, job: Job) -> None:
+        super().__init__(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._desk, self._job = desk, job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._desk.leave(self._job)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
