@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,13 +25,17 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("uvicorn")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
+
+import openai
 
 from ringctx.config import load
 from ringctx.core.ring import Ring
 from ringctx.runtime.engine import Engine
+from ringctx.runtime.weights import checkpoint
 from tests.launch.test_generate import TINY, environment, pid_of
 
+MODEL = "endless"
 TOKEN = "a token for these tests"
 LIMITS = ["--set", "server.body_bytes=20000", "--set", "server.max_tokens=100000", "--set", "server.documents=3"]
 DOCUMENT = "And God said, Let there be a firmament in the midst of the waters. " * 4
@@ -38,8 +44,13 @@ NUM_CLIENTS, NUM_TOKENS = 10, 6
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a cache of its own."""
-    return tmp_path_factory.mktemp("serve")
+    """A folder with a cache of its own, and a model with no token that ends the text."""
+    folder: Path = tmp_path_factory.mktemp("serve")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        shutil.copytree(checkpoint("random-tiny"), folder / MODEL)
+    (folder / MODEL / "generation_config.json").write_text(json.dumps({"eos_token_id": 9999}))
+    return folder
 
 
 @dataclass
@@ -59,8 +70,9 @@ class Running:
 
 
 @contextmanager
-def serving(place: Path, *extra: str, ranks: int = 2) -> Iterator[Running]:
-    command = [sys.executable, "-m", "ringctx", "serve", TINY, "--ranks", str(ranks), "--port", "0", *LIMITS, *extra]
+def serving(place: Path) -> Iterator[Running]:
+    command = [sys.executable, "-m", "ringctx", "serve", TINY, "--ranks", "2", "--port", "0", *LIMITS]
+    command += ["--set", f"model.path={place / MODEL}"]
     surroundings = environment(place) | {"RINGCTX_TOKEN": TOKEN}
     with subprocess.Popen(command, env=surroundings, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
@@ -93,9 +105,7 @@ def server(place) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def alone(place) -> Engine:
     """The same model on one rank, in this process: what every answer must be."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-        return Engine.load(load(TINY), Ring.alone())
+    return Engine.load(load(TINY, [f"model.path={place / MODEL}"]), Ring.alone())
 
 
 def ask(question: str) -> list[dict[str, str]]:
@@ -114,14 +124,14 @@ def text_of(stream: Any) -> str:
 def test_openais_client_completes_and_streams(server, alone):
     client, messages = server.client(), ask("Who made it?")
     want = answer_of(alone, alone.prompts.chat(messages))
-    assert [model.id for model in client.models.list()] == ["random-tiny"]
-    whole = client.chat.completions.create(model="random-tiny", messages=messages, max_tokens=NUM_TOKENS)
+    assert [model.id for model in client.models.list()] == [MODEL]
+    whole = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=NUM_TOKENS)
     assert whole.choices[0].message.content == want
     assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("length", NUM_TOKENS)
-    assert text_of(client.chat.completions.create(model="random-tiny", messages=messages, max_tokens=NUM_TOKENS, stream=True)) == want
-    done = client.completions.create(model="random-tiny", prompt="In the", max_tokens=NUM_TOKENS)
+    assert text_of(client.chat.completions.create(model=MODEL, messages=messages, max_tokens=NUM_TOKENS, stream=True)) == want
+    done = client.completions.create(model=MODEL, prompt="In the", max_tokens=NUM_TOKENS)
     assert done.choices[0].text == answer_of(alone, alone.tokenizer("In the").input_ids)
-    drawn = [client.completions.create(model="random-tiny", prompt="In", temperature=1.5, seed=n // 2).choices[0].text for n in range(4)]
+    drawn = [client.completions.create(model=MODEL, prompt="In", temperature=1.5, seed=n // 2).choices[0].text for n in range(4)]
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
 
 
@@ -130,22 +140,22 @@ def test_openais_client_asks_a_document_that_was_read_once(server, alone):
     document = client.post("/documents", body={"text": DOCUMENT}, cast_to=dict)
     for question in ("Who?", "What?", "Who?"):
         done = client.chat.completions.create(
-            model="random-tiny", messages=ask(question), max_tokens=NUM_TOKENS, extra_body={"document": document["id"]}
+            model=MODEL, messages=ask(question), max_tokens=NUM_TOKENS, extra_body={"document": document["id"]}
         )
         assert done.choices[0].message.content == answer_of(alone, alone.prompt(DOCUMENT, question))
         assert done.usage.prompt_tokens_details.cached_tokens == document["tokens"] > len(DOCUMENT)
     assert client.delete(f"/documents/{document['id']}", cast_to=dict)["deleted"]
     with pytest.raises(openai.NotFoundError, match="There is no document"):
-        client.chat.completions.create(model="random-tiny", messages=ask("Who?"), extra_body={"document": document["id"]})
+        client.chat.completions.create(model=MODEL, messages=ask("Who?"), extra_body={"document": document["id"]})
 
 
 def test_a_client_that_leaves_ends_its_answer_on_the_ring(server):
     client = server.client()
-    stream = client.chat.completions.create(model="random-tiny", messages=ask("?"), max_tokens=100_000, temperature=1.0, stream=True)
+    stream = client.chat.completions.create(model=MODEL, messages=ask("?"), max_tokens=100_000, temperature=1.0, stream=True)
     next(iter(stream))
     stream.close()
     began = time.monotonic()
-    client.completions.create(model="random-tiny", prompt="In", max_tokens=1)
+    client.completions.create(model=MODEL, prompt="In", max_tokens=1)
     assert time.monotonic() - began < 10
 
 
@@ -164,7 +174,7 @@ class Crowd:
     def client(self, number: int) -> None:
         """Asks its own question in each way in turn, with a mistake between."""
         client, question = self.server.client(), f"Question {number}?"
-        whole = {"model": "random-tiny", "messages": ask(question), "max_tokens": NUM_TOKENS}
+        whole = {"model": MODEL, "messages": ask(question), "max_tokens": NUM_TOKENS}
         ways = {
             "chat": lambda: client.chat.completions.create(**whole).choices[0].message.content,
             "stream": lambda: text_of(client.chat.completions.create(**whole, stream=True)),
@@ -232,9 +242,7 @@ def test_of_ten_clients_at_once_no_answer_is_lost_or_mixed_up(server, alone, sec
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_all_ranks_with_exit_code_0_also_in_mid_answer(place, how):
     with serving(place) as running:
-        stream = running.client().chat.completions.create(
-            model="random-tiny", messages=ask("?"), max_tokens=100_000, temperature=1.0, stream=True
-        )
+        stream = running.client().chat.completions.create(model=MODEL, messages=ask("?"), max_tokens=100_000, temperature=1.0, stream=True)
         next(iter(stream))
         assert running.stop(how) == 0, "".join(running.said)
         stream.close()

@@ -287,8 +287,7 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(served):
     for thread, replies in waiting:
         thread.join(timeout=10)
         assert replies[0].status_code == 200
-    assert served.engine.asked == [f"uwait {n}
-a" for n in range(3)]
+    assert served.engine.asked == [f"uwait {n}\na" for n in range(3)]
 
 
 async def leave(served: Served, text: str, *, stream: bool, after: Any) -> None:
