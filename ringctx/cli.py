@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -168,13 +168,19 @@ def serve(typed: Typed, config: Path, ranks: int | None, host: str | None, port:
 
 @ringctx.command("eval")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--task", type=click.Choice(["needle", "perplexity"]), required=True, help="Find a number in a text, or predict the text.")
-@click.option("--length", "lengths", type=click.IntRange(min=2), multiple=True, help="Tokens to read; for needles it may be repeated.")
-@click.option("--depth", "depths", type=click.FloatRange(0, 1), multiple=True, help="Where needles lie, 0 first, 1 last; may be repeated.")
-@click.option("--document", type=click.Path(path_type=Path), help="The text to read: .txt, or .gz of it; the King James Bible by default.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the numbers and where in the text the needles' surroundings begin."
-)
+    "--task", type=click.Choice(["needle", "needles", "variables", "perplexity"]), required=True,
+    help="Find a number in a text; find several with names; follow assignments; predict the text.",
+)  # fmt: skip
+@click.option("--length", type=click.IntRange(min=2), multiple=True, help="Tokens to read; may be repeated.")
+@click.option("--depth", type=click.FloatRange(0, 1), multiple=True, help="Where the needle lies, 0 first, 1 last; may be repeated.")
+@click.option("--document", type=click.Path(path_type=Path), help="The text to read: .txt, or .gz of it; the King James Bible by default.")
+@click.option("--seed", type=int, multiple=True, help="Of what is drawn and where the text begins; 0 by default, may be repeated.")
+@click.option("--wording", multiple=True, help="Of needles: plain, diary, passkey, letter, ledger, notice; may be repeated.")
+@click.option("--count", type=int, help="Needles, or variables (chains, with --hops); 4 by default.")
+@click.option("--hops", type=int, help="How often a variable's value is handed on; 0 by default.")
+@click.option("--stride", type=int, help="Perplexity through windows of --length tokens that slide by so many.")
+@click.option("--tokens", type=int, help="With --stride: tokens of the text that the windows slide over.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="A folder for the rows as JSON and, of needles, a heat map (needs ringctx[plot])."
 )
@@ -185,22 +191,18 @@ def serve(typed: Typed, config: Path, ranks: int | None, host: str | None, port:
 def evaluate(
     typed: Typed,
     config: Path,
-    task: str,
-    lengths: tuple[int, ...],
-    depths: tuple[float, ...],
     document: Path | None,
-    seed: int,
     out: Path | None,
     ranks: int | None,
     as_json: bool,
     overrides: tuple[str, ...],
+    **said: Any,
 ) -> int:
     """Measure what the model finds, or how well it predicts, by length."""
     from ringctx.tools import eval as evaluation
 
     loaded = configuration.load(config, overrides)
-    text = read_document(document or evaluation.SHIPPED)
-    asked = evaluation.Asked(task=task, text=text, lengths=lengths, depths=depths, seed=seed)
+    asked = evaluation.Asked(text=read_document(document or evaluation.SHIPPED), **said)
     evaluation.check_out(asked, out)
     if not launch.is_rank() and (ranks or 1) > 1:
         return _launch(ranks or 1, loaded, typed)

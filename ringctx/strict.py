@@ -101,6 +101,8 @@ _NAMES: dict[Any, str] = {
     type(None): "null",
     tuple[float, ...]: "a list of numbers",
     tuple[str, ...]: "a list of texts, written [..., ...]",
+    tuple[int, ...]: "a list of whole numbers",
+    tuple[tuple[int, ...], ...]: "a list of lists of whole numbers",
 }
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from ringctx.errors import Unsupported
 
 if TYPE_CHECKING:
-    from ringctx.core.attention import Attention
+    from ringctx.core.attention import Attention, Encoding
+    from ringctx.core.pattern import Pattern
 
 LOGITS_AT_ONCE = 2**23
 """Heads are taken in groups so that one matrix of logits stays near this many numbers (64 MiB)."""
@@ -69,6 +70,15 @@ class _Terms:
         return [param for params in self.params for param in params] + tail
 
 
+@dataclass(frozen=True)
+class _View:
+    """Queries (b, S, h, d) and keys (b, K, g, d) under one encoding, and the pairs seen there: bool (b or 1, h or 1, S, K)."""
+
+    q: Tensor
+    k: Tensor
+    seen: Tensor
+
+
 def dense(
     attention: Attention,
     q: Tensor,
@@ -93,19 +103,19 @@ def dense(
     j = torch.arange(k.shape[1]) if j is None else j
     terms = _terms(attention, q, i, j, seed, batch_offset)
     leaves = [x.detach().double().requires_grad_(backward) for x in (q, k, v)]
-    encoding = attention.encoding
-    inner = (encoding.queries(leaves[0], i), encoding.keys(leaves[1], j), leaves[2]) if encoding is not None else tuple(leaves)
-    cut = tuple(x.detach().requires_grad_(backward) for x in inner)
+    views = _views(attention, leaves[0], leaves[1], i, j)
+    encoded = [x for view in views for x in (view.q, view.k)]
+    cut = [x.detach().requires_grad_(backward) for x in encoded]
+    views = [_View(q_, k_, view.seen) for q_, k_, view in zip(cut[::2], cut[1::2], views, strict=True)]
 
-    b, s, h, _ = cut[0].shape
-    seen = _four(attention.pattern.allows(i, j))
+    b, s, h, _ = q.shape
     out, lse = torch.zeros(b, s, h, v.shape[3], dtype=torch.float64), torch.full((b, s, h), -torch.inf, dtype=torch.float64)
-    wanted = [*cut, *terms.leaves]
+    wanted = [leaves[2], *cut, *terms.leaves]
     grads = [torch.zeros_like(x) for x in wanted]
     group = max(1, LOGITS_AT_ONCE // max(1, b * s * len(j)))
     for heads in torch.arange(h).split(group):
         with torch.set_grad_enabled(backward):
-            some, log = _heads(terms, cut[0], cut[1], cut[2], seen[:, heads] if seen.shape[1] > 1 else seen, heads)
+            some, log = _heads(terms, views, leaves[2], heads)
         out[:, :, heads], lse[:, :, heads] = some.detach(), log.detach()
         if backward:
             ends = [(some, dout), (log, dlse)]
@@ -115,15 +125,32 @@ def dense(
                 grads = [old if one is None else old + one for old, one in zip(grads, new, strict=True)]
     if not backward:
         return Dense(out, lse)
-    dq, dk, dv = (_through(x, y, dy) for x, y, dy in zip(leaves, inner, grads[:3], strict=True))
-    return Dense(out, lse, dq, dk, dv, tuple(grads[3:]))
+    parts = grads[1 : 1 + len(cut)]
+    dq, dk = (
+        sum((_through(leaf, x, dx) for x, dx in zip(encoded[n::2], parts[n::2], strict=True)), torch.zeros_like(leaf))
+        for n, leaf in enumerate(leaves[:2])
+    )
+    return Dense(out, lse, dq, dk, grads[0], tuple(grads[1 + len(cut) :]))
 
 
-def _heads(terms: _Terms, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
-    """out (b, S, n, e) and lse (b, S, n) of these n heads; seen is bool, broadcastable to (b, n, S, K)."""
-    shared = heads // (q.shape[2] // k.shape[2])
-    q, k, v = q[:, :, heads], k[:, :, shared], v[:, :, shared]
-    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * terms.scale
+def _views(attention: Attention, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> list[_View]:
+    """What the attention sees: as one view, or one for each branch."""
+    parts: list[tuple[Encoding | None, Pattern]] = [(attention.encoding, attention.pattern)]
+    if attention.branches:
+        parts = [(branch.encoding, attention.pattern & branch.pattern) for branch in attention.branches]
+    encoded = [(q, k) if encoding is None else (encoding.queries(q, i), encoding.keys(k, j)) for encoding, _ in parts]
+    return [_View(q_, k_, _four(pattern.allows(i, j))) for (q_, k_), (_, pattern) in zip(encoded, parts, strict=True)]
+
+
+def _heads(terms: _Terms, views: list[_View], v: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """out (b, S, n, e) and lse (b, S, n) of these n heads. A pair's logit is that of the one view that sees it."""
+    shared = heads // (views[0].q.shape[2] // v.shape[2])
+    v = v[:, :, shared]
+    logits, seen = torch.zeros((), dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+    for view in views:
+        sees = view.seen[:, heads] if view.seen.shape[1] > 1 else view.seen
+        products = torch.einsum("bqhd,bkhd->bhqk", view.q[:, :, heads], view.k[:, :, shared]) * terms.scale
+        logits, seen = (products if len(views) == 1 else torch.where(sees, products, logits)), seen | sees
     for score in terms.elementwise:
         logits = score.apply(logits)
     for score, params in zip(terms.additive, terms.params, strict=True):
@@ -136,7 +163,7 @@ def _heads(terms: _Terms, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, heads: 
     # A row without any key has logits 0 here, so that no -inf meets a -inf; `where` then cuts it off from every gradient.
     logits = logits.masked_fill(~seen & alive, -torch.inf).where(alive, 0.0)
     lse = torch.logsumexp(logits, -1) if logits.shape[-1] else logits.new_zeros(logits.shape[:3])
-    weights = torch.softmax(logits, -1).where(seen, 0.0)[..., : k.shape[1]]
+    weights = torch.softmax(logits, -1).where(seen, 0.0)[..., : v.shape[1]]
     if terms.dropout:
         from ringctx.core.dropout import keep
 
@@ -223,13 +250,13 @@ def _four(seen: Tensor) -> Tensor:
 
 def _refuse(attention: Attention, seed: int | None) -> None:
     """Say which parts of this attention the oracle does not define."""
-    parts = {"branches": attention.branches, "carry": attention.carry, "select": attention.select}
+    parts = {"carry": attention.carry, "select": attention.select}
     wrong = [f"{name}={value!r}" for name, value in parts.items() if value]
     if attention.normaliser != "softmax":
         wrong.append(f"normaliser={attention.normaliser!r}")
     if wrong:
         raise Unsupported(
-            f"The dense oracle was asked for {', '.join(wrong)}; it defines pattern, encoding, scores, sink, dropout and scale."
+            f"The dense oracle was asked for {', '.join(wrong)}; it defines pattern, encoding, scores, branches, sink, dropout and scale."
         )
     if attention.dropout and seed is None:
         raise Unsupported(

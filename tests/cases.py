@@ -19,6 +19,8 @@ from ringctx import Attention, Layout, Unsupported, ring_attention
 from ringctx import patterns as p
 from ringctx.core.layout import ranges_of
 from ringctx.core.pattern import Pattern
+from ringctx.methods import branches
+from ringctx.methods.branches import Branches
 from ringctx.methods.rotary import Rotary
 from ringctx.methods.scores import Alibi, DistanceBias, PairBias, Softcap
 from ringctx.testing import Dense, dense, errors
@@ -42,7 +44,19 @@ ROUTES: dict[str, tuple[str, Fold]] = {
 }
 LAYOUTS = ("contiguous", "zigzag", "striped", "residue", "documents", *(("balanced",) if hasattr(Layout, "balanced") else ()))
 KEYS = ("same", "moved", "chunk", "gaps", "cross", "one_rank")
-SCORES = ("none", "softcap", "alibi", "distance", "pair", "sink", "dropout", "rotary", "scale", "all")
+BRANCHES: dict[str, Callable[[Rotary], Branches]] = {
+    "rerope": lambda rotary: branches.rerope(7, rotary),
+    "leaky_rerope": lambda rotary: branches.leaky_rerope(5, 4, rotary),
+    "self_extend": lambda rotary: branches.self_extend(9, 4, rotary),
+    "lm_infinite": lambda rotary: branches.lm_infinite(6, 3, 10, rotary),
+    "streaming": lambda rotary: branches.streaming(8, 2, rotary),
+    "dual_chunk": lambda rotary: branches.dual_chunk(6, 10, rotary),
+}
+SCORES = (
+    *("none", "softcap", "alibi", "distance", "pair", "sink", "dropout", "rotary", "scale", "all"),
+    *BRANCHES,
+    "branches_all",
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -246,9 +260,12 @@ def _attention(case: Case, n: int, normal: Callable[..., Tensor]) -> Attention:
             return Attention(pattern=pattern, encoding=rotary)
         case "scale":
             return Attention(pattern=pattern, scale=0.45)
-        case "all":
+        case "all" | "branches_all":
             scores = (Softcap(3.0), Alibi.standard(h), DistanceBias(normal(1, 31)))
-            return Attention(pattern=pattern, scores=scores, sink=normal(h), dropout=0.2, encoding=rotary, scale=0.3)
+            turned: dict[str, Any] = {"encoding": rotary} if case.scores == "all" else {"branches": branches.self_extend(9, 4, rotary)}
+            return Attention(pattern=pattern, scores=scores, sink=normal(h), dropout=0.2, scale=0.3, **turned)
+        case name if name in BRANCHES:
+            return Attention(pattern=pattern, branches=BRANCHES[name](rotary))
     assert case.scores == "none", case.scores
     return Attention(pattern=pattern)
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ringctx.core.branch import Branch, LinearEncoding, check_disjoint
 from ringctx.core.pattern import Causal, Pattern
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.kernels.base import Elementwise
 
 Params = tuple[Tensor, ...]
+Seen = tuple[Pattern, LinearEncoding | None]
+"""A pattern, and the encoding of the branch it belongs to; None where there is nothing to encode any more."""
 
 
 class Encoding(Protocol):
@@ -49,6 +54,8 @@ class Attention:
     """softmax(mask(additive(elementwise(scale q.k)))) v, with an optional sink in the denominator and dropout.
 
     pattern: who sees whom.  encoding: a rotary encoding of q and k by index, or None if they come encoded.
+    branches: disjoint patterns with an encoding each, in the place of `encoding`; `pattern` narrows them all, and a key that it
+    allows but no branch does is not seen.
     scores: elementwise ones (a softcap) first, then additive ones.  sink: Tensor (h,), one more logit per head without a value.
     dropout: probability of dropping each weight.  scale: of the logits; 1/sqrt(d) when None.
     Raises ConfigError when the order of scores or the dropout cannot be right, Unsupported for what is not built yet.
@@ -57,7 +64,7 @@ class Attention:
     pattern: Pattern = Causal()
     encoding: Encoding | None = None
     scores: tuple[Any, ...] = ()
-    branches: tuple[Any, ...] = ()
+    branches: tuple[Branch, ...] = ()
     carry: Any = None
     sink: Tensor | None = None
     select: Any = None
@@ -66,7 +73,7 @@ class Attention:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("branches", "carry", "select"):
+        for name in ("carry", "select"):
             if getattr(self, name):
                 raise Unsupported(f"Attention({name}=...) is not built yet; leave it out.")
         if self.normaliser != "softmax":
@@ -75,11 +82,39 @@ class Attention:
             raise ConfigError(f"dropout must lie in 0 <= p < 1; got {self.dropout}.")
         if not isinstance(self.pattern, Pattern):
             raise ConfigError(f"pattern must be a Pattern, such as ringctx.patterns.causal(); got {type(self.pattern).__name__}.")
+        self._check_branches()
         kinds = [_kind(score) for score in self.scores]
         if kinds != sorted(kinds, reverse=True):
             raise ConfigError("Scores run in the order elementwise (softcap), then additive (ALiBi, bias); list them so.")
         if self.sink is not None and self.sink.dim() != 1:
             raise ConfigError(f"sink must have one logit per query head, shape (h,); got {tuple(self.sink.shape)}.")
+
+    def _check_branches(self) -> None:
+        if not all(isinstance(branch, Branch) for branch in self.branches):
+            raise ConfigError(f"branches is a tuple of Branch, as ringctx.methods.branches makes them; got {self.branches!r}.")
+        if self.branches and self.encoding is not None:
+            raise ConfigError("Attention was given an encoding and branches, which have an encoding each; leave `encoding` out.")
+        check_disjoint(self.branches)
+
+    @property
+    def seen(self) -> Pattern:
+        """Who sees whom, in whichever branch."""
+        return self.pattern & reduce(or_, (branch.pattern for branch in self.branches)) if self.branches else self.pattern
+
+    def parts(self, num_heads: int) -> tuple[tuple[tuple[int, ...], tuple[Seen, ...]], ...]:
+        """Groups of heads that see alike, each with what they see: one pattern, or one for each branch."""
+        of_heads: dict[int, tuple[Seen, ...]] = {}
+        for pattern, encoding in [(self.pattern & b.pattern, b.encoding) for b in self.branches] or [(self.pattern, None)]:
+            for heads, part in pattern.heads(num_heads):
+                of_heads |= {head: (*of_heads.get(head, ()), (part, encoding)) for head in heads}
+        groups: dict[tuple[Seen, ...], list[int]] = {}
+        for head in sorted(of_heads):
+            groups.setdefault(of_heads[head], []).append(head)
+        return tuple((tuple(heads), seen) for seen, heads in groups.items())
+
+    def patterns(self, num_heads: int) -> tuple[Pattern, ...]:
+        """Every pattern of `parts`: together, what some head sees."""
+        return tuple(pattern for _, seen in self.parts(num_heads) for pattern, _ in seen)
 
     @property
     def elementwise(self) -> tuple[Elementwise, ...]:
@@ -100,17 +135,19 @@ class Attention:
         """Equal for attentions that differ only in the numbers inside their tensors."""
         scores = tuple(described(s) if _has_params(s) else s for s in self.scores)
         sink = None if self.sink is None else tuple(self.sink.shape)
-        return (self.pattern, scores, sink, self.dropout, self.scale)
+        return (self.pattern, tuple(b.content for b in self.branches), scores, sink, self.dropout, self.scale)
 
     def text(self) -> str:
         """The same on every rank for equal keys, and different for different ones, as far as patterns and scores print their content."""
         scores = ", ".join(map(described, self.scores))
         sink = None if self.sink is None else tuple(self.sink.shape)
-        return f"{self.pattern!r}, scores {scores}, sink {sink}, dropout {self.dropout!r}, scale {self.scale!r}"
+        branches = ", ".join(f"{b.pattern!r} by {_content(b.encoding)}" for b in self.branches)
+        return f"{self.pattern!r}, branches ({branches}), scores {scores}, sink {sink}, dropout {self.dropout!r}, scale {self.scale!r}"
 
     def __str__(self) -> str:
         says = lambda s: str(s) if _prints(s, "__str__") else described(s)
-        parts = [str(self.pattern), *map(says, self.scores)]
+        branches = [f"branches ({'; '.join(map(str, self.branches))})"] if self.branches else []
+        parts = [str(self.pattern), *branches, *map(says, self.scores)]
         parts += ["sink"] * (self.sink is not None) + [f"dropout {self.dropout}"] * (self.dropout > 0)
         parts += [f"scale {self.scale}"] * (self.scale is not None)
         return ", ".join(parts)
@@ -133,7 +170,11 @@ def described(score: Any) -> str:
     if _has_params(score):
         shapes = ", ".join(f"{tuple(p.shape)} {p.dtype}" for p in score.params())
         return f"{type(score).__qualname__}({shapes})"
-    return repr(score) if _prints(score, "__repr__") else type(score).__qualname__
+    return _content(score)
+
+
+def _content(part: object) -> str:
+    return repr(part) if _prints(part, "__repr__") else type(part).__qualname__
 
 
 def _prints(score: object, method: str) -> bool:

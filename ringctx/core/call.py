@@ -100,14 +100,30 @@ class Call:
             return LayoutError(f"The {q.shape[2]} query heads must be a multiple of the {k.shape[2]} key heads.")
         if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
             return LayoutError(f"q, k and v must have one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}. Cast them before the call.")
-        batch, sink = self.attention.pattern.batch(), self.attention.sink
+        batch, sink = self.attention.seen.batch(), self.attention.sink
         if batch not in (None, q.shape[0]):
             return LayoutError(
                 f"The pattern tells {batch} rows of a batch apart, but q has {q.shape[0]}; make it from the ids of this batch."
             )
         if sink is not None and len(sink) != q.shape[2]:
             return LayoutError(f"The sink has {len(sink)} logits, but there are {q.shape[2]} query heads; give one each.")
-        return self._scores_problem(q.shape[2], q.device)
+        return self._branches_problem(q, k) or self._scores_problem(q.shape[2], q.device)
+
+    def _branches_problem(self, q: Tensor, k: Tensor) -> RingctxError | None:
+        """Ask every branch for the encoding of no token: one that does not fit the width says so before anything moves."""
+        none = torch.zeros(0, dtype=torch.int64, device=q.device)
+        for branch in self.attention.branches:
+            if branch.encoding is None:
+                continue
+            try:
+                shapes = branch.encoding.queries(q[:, :0], none).shape, branch.encoding.keys(k[:, :0], none).shape
+            except RingctxError as error:
+                return error
+            except RuntimeError as error:
+                return LayoutError(f"The branch {branch} cannot encode heads of width {q.shape[3]} ({error}); make it for that width.")
+            if shapes != (q[:, :0].shape, k[:, :0].shape):
+                return LayoutError(f"The branch {branch} changes the shape of heads of width {q.shape[3]}; make it for that width.")
+        return None
 
     def _scores_problem(self, num_heads: int, device: torch.device) -> RingctxError | None:
         """Ask every additive score for the last pair of indices: a table that is too small says so before anything moves."""
@@ -149,7 +165,7 @@ class Call:
         item, wide = q.element_size(), accumulation_dtype(q.dtype).itemsize
         shape = Shape(q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], item, wide, self.train)
         if shape not in self.routes:
-            self.routes[shape] = _route(self.ring, self.layout, self.key_layout, self.attention.pattern, self.transport, shape)
+            self.routes[shape] = _route(self.ring, self.layout, self.key_layout, self.attention, self.transport, shape)
         return self.routes[shape]
 
 
@@ -158,8 +174,8 @@ def _digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def _route(ring: Ring, layout: Layout, key_layout: Layout, pattern: Pattern, transport: str, shape: Shape) -> Route:
-    whole = head_groups(pattern, shape.h, shape.g)
+def _route(ring: Ring, layout: Layout, key_layout: Layout, attention: Attention, transport: str, shape: Shape) -> Route:
+    whole = head_groups(attention, shape.h, shape.g)
     patterns = tuple(g.pattern for g in whole)
     choice = None
     if ring.size == 1:
@@ -177,7 +193,7 @@ def _route(ring: Ring, layout: Layout, key_layout: Layout, pattern: Pattern, tra
     me, circle = ring.rank % members, ring.rank // members
     inner = ring.view([c * members + me for c in range(ring.size // members)])
     inner.nodes = ring.nodes if inner.size % ring.nodes == 0 else 1
-    groups = head_groups(pattern, shape.h, shape.g, q_heads[me], k_heads[me].start) if q_heads[me] else ()
+    groups = head_groups(attention, shape.h, shape.g, q_heads[me], k_heads[me].start) if q_heads[me] else ()
     patterns = tuple(g.pattern for g in groups)
     if transport == "auto":  # inside each head group the same choice, since all heads count
         choice = choose(tuple(g.pattern for g in whole), trades[0].inner, trades[1].inner, shape, inner.nodes, heads_allowed=False)

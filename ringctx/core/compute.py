@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from ringctx import kernels
 from ringctx.core import dropout
 from ringctx.core.attention import Attention, scale_of
-from ringctx.core.layout import Ranges, indices_of
+from ringctx.core.branch import LinearEncoding
+from ringctx.core.layout import Ranges, indices_of, take
 from ringctx.core.partial import Partial
 from ringctx.core.pattern import CAUSAL, PARTIAL, Pattern
 from ringctx.core.sums import Sum
@@ -32,29 +34,32 @@ SINK_ROWS = 4096
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """Query heads that share one pattern, and the key heads they read.
+    """Query heads that share one pattern, and the key heads they read. With branches, one such group for each of them.
 
     heads: their numbers in the whole model. rows: their places in q's head dim. keys: places in k's head dim; row n reads
     key n // (rows / keys), so a key head is listed once where that is regular, and once for each query head where not.
+    encoding: the branch's, of queries and keys that are here as they were given; None where they are encoded.
     """
 
     heads: tuple[int, ...]
     rows: tuple[int, ...]
     keys: tuple[int, ...]
     pattern: Pattern
+    encoding: LinearEncoding | None = None
 
 
 def head_groups(
-    pattern: Pattern, num_heads: int, num_key_heads: int, heads: range | None = None, first_key: int = 0
+    attention: Attention, num_heads: int, num_key_heads: int, heads: range | None = None, first_key: int = 0
 ) -> tuple[HeadGroup, ...]:
     """Groups for the query heads that are here (all, or `heads` of the whole model, with key heads from first_key on)."""
     here = heads if heads is not None else range(num_heads)
     groups = []
-    for members, part in pattern.heads(num_heads):
+    for members, seen in attention.parts(num_heads):
         mine = tuple(m for m in members if m in here)
         if mine:
             keys = [m * num_key_heads // num_heads - first_key for m in mine]
-            groups.append(HeadGroup(mine, tuple(m - here.start for m in mine), _regular(keys), part))
+            rows = tuple(m - here.start for m in mine)
+            groups += [HeadGroup(mine, rows, _regular(keys), pattern, encoding) for pattern, encoding in seen]
     return tuple(groups)
 
 
@@ -71,9 +76,45 @@ def pick(x: Tensor, heads: tuple[int, ...], dim: int = 2) -> Tensor:
     return x.index_select(dim, torch.tensor(heads, device=x.device))
 
 
+class Encoded:
+    """Queries (b s h d) and visiting keys (b n g d) as a branch encodes them, where its tiles touch them; or as they are.
+
+    Keys travel as they were given, once, and each branch that sees them encodes them here; gradients go back the same way.
+    """
+
+    def __init__(self, group: HeadGroup, tiles: Sequence[Tile], q: Tensor, queries: Ranges, k: Tensor, keys: Ranges) -> None:
+        self.encoding, self.q, self.k, self.first = group.encoding, q, k, (0, 0)
+        if self.encoding is None:
+            return
+        a, c = self.first = min(t[1] for t in tiles), min(t[3] for t in tiles)
+        b, d = max(t[2] for t in tiles), max(t[4] for t in tiles)
+        self.i, self.j = indices_of(queries, q.device)[a:b], indices_of(keys, k.device)[c:d]
+        self.q, self.k = self.encoding.queries(q[:, a:b], self.i), self.encoding.keys(k[:, c:d], self.j)
+
+    def rows(self, tile: Tile) -> tuple[Tensor, Tensor]:
+        """The tile's queries and keys."""
+        queries, keys = self._places(tile)
+        return self.q[:, queries], self.k[:, keys]
+
+    def grads(self, tile: Tile, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor]:
+        """From the gradients of a tile's encoded queries and keys those of what was given; in the accumulation dtype."""
+        if self.encoding is None:
+            return dq, dk
+        queries, keys = self._places(tile)
+        dq, dk = (x.to(accumulation_dtype(x.dtype)) for x in (dq, dk))
+        return self.encoding.queries_grad(dq, self.i[queries]), self.encoding.keys_grad(dk, self.j[keys])
+
+    def _places(self, tile: Tile) -> tuple[slice, slice]:
+        _, a, b, c, d = tile
+        return slice(a - self.first[0], b - self.first[0]), slice(c - self.first[1], d - self.first[1])
+
+
 @dataclass
 class Work:
-    """One call's attention on this rank, ready to take visits. param_grads is filled by backward."""
+    """One call's attention on this rank, ready to take visits. param_grads is filled by backward.
+
+    wholes: one group of each set of heads; the branches of these heads merge into one total.
+    """
 
     attention: Attention
     groups: tuple[HeadGroup, ...]
@@ -83,42 +124,46 @@ class Work:
     batch_offset: int
     need_param_grads: bool = False
     param_grads: list[Tensor] = field(default_factory=list)
+    wholes: tuple[HeadGroup, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.wholes = tuple({group.rows: group for group in self.groups}.values())
         if self.need_param_grads:
             self.param_grads = [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in self.params]
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def empty(self, q: Tensor, e: int) -> list[Partial]:
-        """One partial for each head group, having seen no key."""
+        """One partial for each set of heads, having seen no key."""
         b, s = q.shape[:2]
-        return [Partial.empty((b, s, len(g.rows), e), accumulation_dtype(q.dtype), q.device) for g in self.groups]
+        return [Partial.empty((b, s, len(g.rows), e), accumulation_dtype(q.dtype), q.device) for g in self.wholes]
 
     def forward(
         self, totals: list[Partial], tiles: Sequence[tuple[Tile, ...]], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges
     ) -> None:
         """Attend to visiting keys and merge into the totals. q (b s h d), k (b n g d), v (b n g e)."""
-        for total, group, rows in zip(totals, self.groups, tiles, strict=True):
+        of_rows = dict(zip((group.rows for group in self.wholes), totals, strict=True))
+        for group, rows in zip(self.groups, tiles, strict=True):
             if not rows:
                 continue
             q_, k_, v_ = pick(q, group.rows), pick(k, group.keys), pick(v, group.keys)
+            total, encoded = of_rows[group.rows], Encoded(group, rows, q_, queries, k_, keys)
             for tile in self._pieces(rows):
                 _, a, b, c, d = tile
                 call, scores = self._tile(group, tile, q_, k_, v_, queries, keys)
-                out, lse = call.forward(q_[:, a:b], k_[:, c:d], v_[:, c:d], scores)
+                out, lse = call.forward(*encoded.rows(tile), v_[:, c:d], scores)
                 total.rows(a, b).merge_(out, lse)
 
     def whole(self, totals: list[Partial], q: Tensor, e: int) -> tuple[Tensor, Tensor]:
-        """out (b s h e) in q's dtype and lse (b s h) from the totals of all head groups, the sink included."""
+        """out (b s h e) in q's dtype and lse (b s h) from the totals of all heads, the sink included."""
         if self.attention.sink is not None:
-            for total, group in zip(totals, self.groups, strict=True):
+            for total, group in zip(totals, self.wholes, strict=True):
                 total.add_sink_(pick(self.params[0], group.heads, 0))
         if len(totals) == 1:
             return totals[0].out.to(q.dtype), totals[0].lse
         out = torch.zeros(*q.shape[:3], e, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:3], dtype=accumulation_dtype(q.dtype), device=q.device)
-        for total, group in zip(totals, self.groups, strict=True):
+        for total, group in zip(totals, self.wholes, strict=True):
             rows = torch.tensor(group.rows, device=q.device)
             out.index_copy_(2, rows, total.out.to(q.dtype))
             lse.index_copy_(2, rows, total.lse)
@@ -147,14 +192,16 @@ class Work:
             dout, q, out, lse, dlse = (x if x is None else pick(x, group.rows) for x in rows)
             assert dout is not None and q is not None and out is not None and lse is not None
             k_, v_ = pick(k, group.keys), pick(v, group.keys)
+            encoded = Encoded(group, some, q, queries, k_, keys)
             for tile in self._pieces(some):
                 _, a, b, c, d = tile
                 kernel, scores = self._tile(group, tile, q, k_, v_, queries, keys, backward=True)
                 more = None if dlse is None else dlse[:, a:b]
-                tensors = (q[:, a:b], k_[:, c:d], v_[:, c:d], out[:, a:b], lse[:, a:b])
+                tensors = (*encoded.rows(tile), v_[:, c:d], out[:, a:b], lse[:, a:b])
                 parts = kernel.backward(dout[:, a:b], *tensors, scores, more)
-                dq.add(parts[0], (a, b), group.rows)
-                dk.add(parts[1], (c, d), group.keys)
+                of_q, of_k = encoded.grads(tile, parts[0], parts[1])
+                dq.add(of_q, (a, b), group.rows)
+                dk.add(of_k, (c, d), group.keys)
                 dv.add(parts[2], (c, d), group.keys)
 
     def sink_grad(self, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> None:
@@ -162,8 +209,8 @@ class Work:
 
         All rows pull on one number, this way and that, so it is summed in fp64, some rows at a time.
         """
-        heads = torch.tensor([h for g in self.groups for h in g.heads], device=out.device)
-        rows = torch.tensor([r for g in self.groups for r in g.rows], device=out.device)
+        heads = torch.tensor([h for g in self.wholes for h in g.heads], device=out.device)
+        rows = torch.tensor([r for g in self.wholes for r in g.rows], device=out.device)
         total = torch.zeros(len(heads), dtype=torch.float64, device=out.device)
         for a in range(0, out.shape[1], SINK_ROWS):
             dout_, out_, lse_ = (x[:, a : a + SINK_ROWS].double() for x in (dout, out, lse))
@@ -219,7 +266,7 @@ class Work:
         scores = TileScores(
             scale=scale_of(attention, q.shape[3]),
             causal=verdict == CAUSAL,
-            mask=(lambda: _four_dims(group.pattern.allows(*where()))) if verdict == PARTIAL else None,
+            mask=(lambda: _seen(group.pattern, take(queries, [(a, b)]), take(keys, [(c, d)]), q.device)) if verdict == PARTIAL else None,
             elementwise=attention.elementwise,
             bias=(lambda: self._bias(heads, *where(), accumulation_dtype(q.dtype))) if attention.additive else None,
             bias_grad=(lambda dbias: self._bias_grad(dbias, heads, *where())) if grad else None,
@@ -251,6 +298,8 @@ class Work:
         return dropout.keep(self.attention.dropout, self.seed, batch, heads, i, j)
 
 
-def _four_dims(allowed: Tensor) -> Tensor:
-    """(q k), (h q k) or (b h q k) -> (b|1, h|1, q, k)."""
+@lru_cache(maxsize=64)
+def _seen(pattern: Pattern, queries: Ranges, keys: Ranges, device: torch.device) -> Tensor:
+    """What a masked tile lets through, (b|1, h|1, q, k). Kept, because all layers of a model ask for the same: not to be written to."""
+    allowed = pattern.allows(indices_of(queries, device), indices_of(keys, device))
     return allowed[(None,) * (4 - allowed.dim())]

@@ -13,25 +13,49 @@ from torch import Tensor
 
 from ringctx.core.attention import Attention
 from ringctx.core.call import Call
-from ringctx.core.compute import HeadGroup, Work, head_groups
+from ringctx.core.compute import Encoded, HeadGroup, Work, head_groups
+from ringctx.core.explicit import Keys
 from ringctx.core.header import agree, share
 from ringctx.core.layout import Layout, Ranges
 from ringctx.core.partial import Partial
 from ringctx.core.pattern import FULL, Full
 from ringctx.core.ring import Ring
+from ringctx.core.tiles import Tile
 from ringctx.core.tiles import tiles as tiles_of
+from ringctx.core.visiting import attend_here, check, empty, encoded, whole
 from ringctx.errors import LayoutError, RingctxError, Unsupported
 
 _DEFAULT = Attention()
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, ring: Ring, attention: Attention = _DEFAULT) -> Tensor:
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_layout: Layout,
+    ring: Ring,
+    attention: Attention = _DEFAULT,
+    key_indices: Tensor | None = None,
+) -> Tensor:
     """Attention of the newest tokens over a cache that is spread over the ring. All ranks must call this together.
 
     q (b n_q h d), equal on every rank, the last n_q indices of key_layout; k (b n g d), v (b n g e), this rank's share
       -> out (b n_q h e) in q's dtype, bitwise equal on every rank.
+    key_indices: after eviction, which token each slot of k and v holds, int64 (b g n), -1 where a slot is empty; then n may be
+    anything, and key_layout only says where the sequence ends.
     No backward: it is for inference. Raises LayoutError, Unsupported, RanksDisagree, RankLost.
     """
+    if key_indices is not None:
+        parts = [Keys(tuple(range(k.shape[2])), k, v, key_indices)]
+        return decode_explicit(q, parts, length=key_layout.length, ring=ring, attention=attention)[0]
+    return decode_with_lse(q, k, v, key_layout=key_layout, ring=ring, attention=attention)[0]
+
+
+def decode_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, ring: Ring, attention: Attention = _DEFAULT
+) -> tuple[Tensor, Tensor]:
+    """`decode_attention` and the lse (b n_q h) of its rows, the sink included, in the accumulation dtype."""
     queries = Layout(((range(max(0, key_layout.length - q.shape[1]), key_layout.length),), *((),) * (key_layout.size - 1)))
     call = Call(ring, queries, key_layout, attention, "auto", "auto", train=False)
     agree(ring, call.facts(q, k, v, "decode", 0, 0) | {"new tokens": q.shape[1]}, _problem(q, k, v, key_layout, ring, attention))
@@ -40,12 +64,26 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, rin
         q = attention.encoding.queries(q, queries.indices(0, q.device))
         k = attention.encoding.keys(k, key_layout.indices(ring.rank, k.device))
     with torch.no_grad(), ring.unbroken():
-        groups = head_groups(attention.pattern, q.shape[2], k.shape[2])
+        groups = head_groups(attention, q.shape[2], k.shape[2])
         work = Work(attention, groups, [p.detach() for p in attention.params()], "auto", 0, 0)
         totals = work.empty(q, v.shape[3])
         if keys:
-            _attend(work, totals, groups, q, rows, k, v, keys)
-        return work.whole(_reduce(ring, totals), q, v.shape[3])[0]
+            _attend(work, totals, q, rows, k, v, keys)
+        return work.whole(_reduce(ring, totals), q, v.shape[3])
+
+
+def decode_explicit(q: Tensor, parts: Sequence[Keys], *, length: int, ring: Ring, attention: Attention) -> tuple[Tensor, Tensor]:
+    """`decode_with_lse` over keys at explicit indices, those of the new tokens among them. length: of the sequence, new tokens included."""
+    i = torch.arange(length - q.shape[1], length, device=q.device)
+    check("decode at explicit indices", q, parts, ring, attention, {"new tokens": q.shape[1], "length": length})
+    with torch.no_grad(), ring.unbroken():
+        turned, parts = encoded(attention, q, i, parts)
+        totals = empty(turned, parts)
+        attend_here(attention, totals, turned, i, parts)
+        total = _reduce(ring, [whole(totals, parts)])[0]
+        if attention.sink is not None:
+            total.add_sink_(attention.sink.detach())
+        return total.out.to(q.dtype), total.lse
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor, key_layout: Layout, ring: Ring, attention: Attention) -> RingctxError | None:
@@ -64,24 +102,30 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, key_layout: Layout, ring: Ring, at
     return None
 
 
-def _attend(
-    work: Work, totals: list[Partial], groups: Sequence[HeadGroup], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges
-) -> None:
-    """Attend to this rank's keys. A new token that sees all of them is folded: its heads of one key head become its rows."""
-    tiles = [tiles_of(g.pattern, queries, keys) for g in groups]
+def _attend(work: Work, totals: list[Partial], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges) -> None:
+    """Attend to this rank's keys. Where a new token sees all of a branch, it is folded: the heads of one key head become rows."""
+    tiles = [tiles_of(g.pattern, queries, keys) for g in work.groups]
     ratio = q.shape[2] // k.shape[2]
-    plain = not work.attention.additive and len(groups) == 1 and q.shape[1] == 1 and ratio > 1
-    if plain and [t[0] for t in tiles[0]] == [FULL]:
-        _, _, _, c, d = tiles[0][0]
-        folded = q.view(q.shape[0], k.shape[2], ratio, q.shape[3]).transpose(1, 2)  # (b, ratio, g, d)
-        whole = tuple(range(k.shape[2]))
-        alike = Work(work.attention, (HeadGroup(whole, whole, whole, Full()),), work.params, "auto", 0, 0)
-        part = alike.empty(folded, v.shape[3])
-        alike.forward(part, [((int(FULL), 0, ratio, 0, d - c),)], folded, (range(ratio),), k[:, c:d], v[:, c:d], keys)
-        shape = (q.shape[0], 1, q.shape[2])
-        totals[0].merge_(part[0].out.transpose(1, 2).reshape(*shape, -1), part[0].lse.transpose(1, 2).reshape(shape))
-        return
+    foldable = not work.attention.additive and len(totals) == 1 and q.shape[1] == 1 and ratio > 1
+    for n, group in enumerate(work.groups):
+        if foldable and [t[0] for t in tiles[n]] == [FULL]:
+            _fold(work, totals[0], group, tiles[n][0], q, queries, k, v, keys)
+            tiles[n] = ()
     work.forward(totals, tiles, q, queries, k, v, keys)
+
+
+def _fold(work: Work, total: Partial, group: HeadGroup, tile: Tile, q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges) -> None:
+    """Attend from one token (b 1 h d) to all keys of the tile, which is FULL, as from h / g tokens with one head a key head."""
+    _, _, _, c, d = tile
+    b, _, h, width = q.shape
+    g, ratio = k.shape[2], h // k.shape[2]
+    q_, k_ = Encoded(group, (tile,), q, queries, k, keys).rows(tile)
+    folded = q_.view(b, g, ratio, width).transpose(1, 2)  # (b, ratio, g, d)
+    heads = tuple(range(g))
+    alike = Work(work.attention, (HeadGroup(heads, heads, heads, Full()),), work.params, "auto", 0, 0)
+    part = alike.empty(folded, v.shape[3])
+    alike.forward(part, [((int(FULL), 0, ratio, 0, d - c),)], folded, (range(ratio),), k_, v[:, c:d], keys)
+    total.merge_(part[0].out.transpose(1, 2).reshape(b, 1, h, -1), part[0].lse.transpose(1, 2).reshape(b, 1, h))
 
 
 def _reduce(ring: Ring, totals: list[Partial]) -> list[Partial]:

@@ -167,7 +167,7 @@ class Layout:
         from ringctx.core.balance import deal
 
         _check(length, size)
-        return cls(deal(length, size, attention.pattern))
+        return cls(deal(length, size, attention.seen))
 
     # -- what a layout answers --------------------------------------------------------------------------------------
 

@@ -122,6 +122,33 @@ class Dilated(Pattern):
 
 
 @dataclass(frozen=True)
+class Chunks(Pattern):
+    """i // size - j // size < count."""
+
+    size: int
+    count: int
+
+    def __post_init__(self) -> None:
+        at_least(1, "chunks", self.size, "its first number is a chunk's length")
+        at_least(1, "chunks", self.count, "it counts the chunk of the token itself, so chunks(size, 1) is that alone")
+
+    def allows(self, i: Tensor, j: Tensor) -> Tensor:
+        return (i // self.size)[:, None] - j // self.size < self.count
+
+    def judge(self, q: range, k: range) -> Verdict:
+        if q[-1] // self.size - k[0] // self.size < self.count:
+            return FULL
+        return EMPTY if q[0] // self.size - k[-1] // self.size >= self.count else PARTIAL
+
+    def cut(self, span: range) -> int | None:
+        middle = (span[0] + span[-1] + 1) // 2 // self.size * self.size
+        return nearest_cut(span, (middle, middle + self.size))
+
+    def __str__(self) -> str:
+        return f"chunks({self.size}, {self.count})"
+
+
+@dataclass(frozen=True)
 class Fixed(Pattern):
     """j <= i, and j is in i's segment or a summary: among the last few of its own segment."""
 

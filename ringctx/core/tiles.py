@@ -14,7 +14,8 @@ import torch
 from ringctx.core.layout import Ranges, count, indices_of
 from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Pattern, Verdict
 
-LEAF = 512  # a PARTIAL tile's longest side: larger wastes masked work, smaller pays dispatch (about 50 us a call on a CPU)
+LEAF = 256  # a PARTIAL tile's longest side: larger wastes masked work, smaller pays dispatch (docs/results/reading)
+STRIP = 4  # so many leaves may be one strip: one masked call is quicker than several and their merges
 
 Tile = tuple[int, int, int, int, int]
 """(verdict, first query, end of queries, first key, end of keys), positions in local order; never EMPTY."""
@@ -56,7 +57,8 @@ class Line:
 
 
 def tiles(pattern: Pattern, q: Ranges, k: Ranges) -> tuple[Tile, ...]:
-    """Every tile of queries q times keys k that is not EMPTY, by rows; neighbours that are FULL are made one."""
+    """Every tile of queries q times keys k that is not EMPTY, by rows; neighbours that are FULL are made one, and so are strips:
+    tiles of the same few rows of which one is masked anyhow."""
     return _tiles(pattern, q, k)
 
 
@@ -82,18 +84,45 @@ def _tiles(pattern: Pattern, q: Ranges, k: Ranges) -> tuple[Tile, ...]:
         else:
             cut = keys.divide(c, d, pattern)
             stack += [(a, b, c, cut), (a, b, cut, d)]
-    return _joined(found)
+    return _joined([_cropped(tile, pattern, queries, keys) for tile in _wide(found)])
 
 
-def _joined(found: list[Tile]) -> tuple[Tile, ...]:
-    """FULL tiles of equal rows that touch become one, then those of equal columns."""
+def _wide(found: list[Tile]) -> list[Tile]:
+    """Tiles of equal rows that touch become one: FULL ones, and strips."""
     wide: list[Tile] = []
     for tile in sorted(found, key=lambda t: (t[1], t[2], t[3])):
         last = wide[-1] if wide else None
-        if last and last[0] == tile[0] == FULL and last[1:3] == tile[1:3] and last[4] == tile[3]:
+        touches = last is not None and last[1:3] == tile[1:3] and last[4] == tile[3]
+        if last and touches and last[0] == tile[0] == FULL:
             wide[-1] = (*last[:4], tile[4])
+        elif last and touches and _is_strip(last, tile):
+            wide[-1] = (int(PARTIAL), *last[1:4], tile[4])
         else:
             wide.append(tile)
+    return wide
+
+
+def _is_strip(left: Tile, right: Tile) -> bool:
+    """Whether two tiles of the same rows are better computed as one that is masked."""
+    few = left[2] - left[1] <= LEAF and right[4] - left[3] <= STRIP * LEAF
+    return few and PARTIAL in (left[0], right[0])
+
+
+def _cropped(tile: Tile, pattern: Pattern, queries: Line, keys: Line) -> Tile:
+    """A masked tile without the keys at its sides that no row sees, found in steps of an eighth of a leaf."""
+    verdict, a, b, c, d = tile
+    if verdict != PARTIAL:
+        return tile
+    rows, step = queries.hull(a, b)[0], max(LEAF // 8, 1)
+    while d - c > step and pattern.judge(rows, keys.hull(c, c + step)[0]) == EMPTY:
+        c += step
+    while d - c > step and pattern.judge(rows, keys.hull(d - step, d)[0]) == EMPTY:
+        d -= step
+    return verdict, a, b, c, d
+
+
+def _joined(wide: list[Tile]) -> tuple[Tile, ...]:
+    """FULL tiles of equal columns that touch become one."""
     tall: list[Tile] = []
     for tile in sorted(wide, key=lambda t: (t[3], t[4], t[1])):
         last = tall[-1] if tall else None

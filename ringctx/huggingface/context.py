@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ringctx.core.attention import Attention
-from ringctx.core.decode import decode_attention
+from ringctx.core.decode import decode_explicit, decode_with_lse
 from ringctx.core.entry import ring_attention
+from ringctx.core.explicit import Keys
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
 from ringctx.core.plan import wanted
 from ringctx.core.ring import Ring
 from ringctx.core.tiles import Spans
+from ringctx.core.visiting import attend_explicit
 from ringctx.errors import ConfigError, LayoutError
 
 
@@ -42,6 +44,25 @@ class Cache(Protocol):
     def encoded(self, layer: int, attention: Attention, spans: Spans | None = None) -> Tensor | None:
         """This rank's keys, rotated, or those at these positions; None where the cache does not keep them."""
 
+    def is_evicted(self, layer: int) -> bool:
+        """Whether keys of this layer were dropped; then only `parts` has the others."""
+
+    def parts(self, layer: int, attention: Attention | None = None) -> list[Keys]:
+        """This rank's keys at explicit indices, rotated where the cache keeps them so, and values."""
+
+
+class Evictor(Protocol):
+    """Who drops keys of a layer when its attention is done."""
+
+    def attended(
+        self, layer: int, q: Tensor, lse: Tensor, i: Tensor, attention: Attention, cache: Any, ring: Ring, begin: int, *, decoding: bool
+    ) -> None:
+        """q (b s h d), not encoded, of indices i (s); lse (b s h); begin: the first index of this call's tokens on any rank."""
+
+
+class KeysCached(Exception):
+    """The last keys that were wanted are in the cache, so the rest of the model need not be computed."""
+
 
 @dataclass
 class Context:
@@ -49,6 +70,10 @@ class Context:
 
     layout: where this call's tokens live; None while the ring is alone and the caller did not say, or during decode.
     after_layer: called with the layer's number when its attention is done (progress).
+    asked: called with each layer's number, queries (b s h d) before rotation, key heads and attention, before it is computed.
+    recalled: the cache holds just what is to be seen, so each layer's asked pattern gives way to the model's own.
+    last_layer: this layer's keys are the last that are wanted: once they are cached, `KeysCached` ends the model's forward.
+    evictor: drops keys of the cache, layer by layer, or None.
     patterns: who saw whom in each layer's latest attention, the model's own windows included.
     """
 
@@ -59,9 +84,32 @@ class Context:
     cache: Cache | None = None
     decoding: bool = False
     after_layer: Callable[[int], None] | None = None
+    asked: Callable[[int, Tensor, int, Attention], None] | None = None
+    recalled: bool = False
+    last_layer: int | None = None
+    evictor: Evictor | None = None
     patterns: dict[int, Pattern] = field(default_factory=dict)
     seconds: float = field(default=0.0)
     """Spent inside attention, waiting for other ranks included (on CPUs; a GPU runs behind)."""
+
+    @contextmanager
+    def recalling(self) -> Iterator[None]:
+        """For the calls inside: the cache holds what was recalled, all of which is to be seen."""
+        self.recalled = True
+        try:
+            yield
+        finally:
+            self.recalled = False
+
+    @contextmanager
+    def caching(self, layout: Layout | None, cache: Cache, last_layer: int, *, decoding: bool = False) -> Iterator[None]:
+        """For the one call of the model inside: it ends when the keys of this layer are in the cache; nothing comes out."""
+        self.last_layer = last_layer
+        try:
+            with self.running(layout, cache, decoding=decoding), suppress(KeysCached):
+                yield
+        finally:
+            self.last_layer = None
 
     @contextmanager
     def running(self, layout: Layout | None = None, cache: Cache | None = None, *, decoding: bool = False) -> Iterator[Context]:
@@ -80,35 +128,86 @@ class Context:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         """One layer's attention: q (b s h d), k and v (b s g d), none of them rotated  ->  (b s h d)."""
         began = time.perf_counter()
-        out = self._decode(layer, q, k, v, attention) if self.decoding else self._whole(layer, q, k, v, attention)
+        if self.asked:
+            self.asked(layer, q, k.shape[2], attention)
+        is_wanted = layer != self.last_layer
+        attend = self._decode if self.decoding else self._whole
+        out = attend(layer, q, k, v, attention, is_wanted)
         self.seconds += time.perf_counter() - began
-        self.patterns[layer] = attention.pattern
+        if not self.recalled:
+            self.patterns[layer] = attention.seen
         if self.after_layer:
             self.after_layer(layer)
+        if not is_wanted:
+            raise KeysCached
         return out
 
-    def _whole(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    def _whole(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention, is_wanted: bool) -> Tensor:
         layout = self._layout_of(q.shape[1])
         num_own = layout.count(self.ring.rank)
         own_q, own_k, own_v = q[:, :num_own], k[:, :num_own], v[:, :num_own]
-        key_layout = None
-        if self.cache is not None:
+        if self.cache is not None and not is_wanted:
             self.cache.append(layer, own_k, own_v)
-            if self.cache.layout != layout:  # a later chunk: the keys of the earlier ones are in the cache
-                key_layout, spans = self._wanted(attention, q.shape[2], layout)
-                own_k, own_v = self.cache.read(layer, spans)
-        where = partial(ring_attention, ring=self.ring, layout=layout, key_layout=key_layout)
-        out = where(own_q, own_k, own_v, attention=attention, transport=self.transport, kernel=self.kernel)
-        assert isinstance(out, Tensor)
+            return q
+        if self.cache is not None and self.cache.is_evicted(layer):
+            out, lse = self._beside(layer, own_q, own_k, own_v, attention, layout)
+        else:
+            out, lse = self._over(layer, own_q, own_k, own_v, attention, layout)
+        self._evict(layer, own_q, lse, layout.indices(self.ring.rank, q.device), attention, layout)
         if num_own == q.shape[1]:
             return out
         return torch.cat((out, out.new_zeros(*q.shape[:1], q.shape[1] - num_own, *out.shape[2:])), dim=1)
 
-    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+    def _over(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Attention over the ring to this call's tokens, and to all before them if there is a cache: out (b s h d), lse (b s h)."""
+        key_layout = None
+        if self.cache is not None:
+            self.cache.append(layer, k, v)
+            if self.cache.layout != layout:  # a later chunk: the keys of the earlier ones are in the cache
+                key_layout, spans = self._wanted(attention, q.shape[2], layout)
+                k, v = self.cache.read(layer, spans)
+        where = partial(ring_attention, ring=self.ring, layout=layout, key_layout=key_layout, return_lse=True)
+        out, lse = where(q, k, v, attention=attention, transport=self.transport, kernel=self.kernel)
+        return out, lse
+
+    def _beside(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Attention to this call's tokens, merged with that to what eviction left of those before: out (b s h d), lse (b s h)."""
+        assert self.cache is not None
+        indices, sinkless = layout.indices(self.ring.rank, q.device), replace(attention, sink=None)
+        total = attend_explicit(q, self.cache.parts(layer, attention), i=indices, ring=self.ring, attention=sinkless)
+        where = partial(ring_attention, ring=self.ring, layout=layout, return_lse=True)
+        total.merge_(*where(q, k, v, attention=sinkless, transport=self.transport, kernel=self.kernel))
+        if attention.sink is not None:
+            total.add_sink_(attention.sink)
+        self.cache.append(layer, k, v)
+        return total.out.to(q.dtype), total.lse
+
+    def _evict(self, layer: int, q: Tensor, lse: Tensor, i: Tensor, attention: Attention, layout: Layout) -> None:
+        """Let the evictor drop keys, if there is one. layout: of this call's tokens."""
+        if self.evictor is not None and self.cache is not None:
+            begin = min(r[0] for ranges in layout.spans for r in ranges)
+            with torch.no_grad():
+                self.evictor.attended(layer, q, lse, i, attention, self.cache, self.ring, begin, decoding=self.decoding)
+
+    def _decode(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention, is_wanted: bool) -> Tensor:
         assert self.cache is not None
         self.cache.append(layer, k, v)
+        if not is_wanted:
+            return q
         new = range(self.cache.layout.length - q.shape[1], self.cache.layout.length)
-        key_layout, spans = self._wanted(attention, q.shape[2], Layout(((new,), *((),) * (self.ring.size - 1))))
+        queries = Layout(((new,), *((),) * (self.ring.size - 1)))
+        if self.cache.is_evicted(layer):
+            out, lse = decode_explicit(q, self.cache.parts(layer, attention), length=new.stop, ring=self.ring, attention=attention)
+        else:
+            out, lse = self._decode_all(layer, q, attention, queries)
+        self._evict(layer, q, lse, torch.arange(new.start, new.stop, device=q.device), attention, queries)
+        return out
+
+    def _decode_all(self, layer: int, q: Tensor, attention: Attention, queries: Layout) -> tuple[Tensor, Tensor]:
+        """Decode where no key was evicted."""
+        assert self.cache is not None
+        (new,) = queries.spans[0]
+        key_layout, spans = self._wanted(attention, q.shape[2], queries)
         if key_layout.length < new.stop:  # the newest key is not seen by itself, but decoding counts queries back from it
             key_layout, spans = self.cache.layout, ((0, self.cache.layout.count(self.ring.rank)),)
         keys, values = self.cache.read(layer, spans)
@@ -116,13 +215,12 @@ class Context:
         if rotated is not None and attention.encoding is not None:
             q, keys = attention.encoding.queries(q, torch.arange(new.start, new.stop, device=q.device)), rotated
             attention = replace(attention, encoding=None)
-        return decode_attention(q, keys, values, key_layout=key_layout, ring=self.ring, attention=attention)
+        return decode_with_lse(q, keys, values, key_layout=key_layout, ring=self.ring, attention=attention)
 
     def _wanted(self, attention: Attention, num_heads: int, queries: Layout) -> tuple[Layout, Spans]:
         """Of the cached keys those that these queries see: where they live, and this rank's positions. A window leaves most alone."""
         assert self.cache is not None
-        patterns = tuple(pattern for _, pattern in attention.pattern.heads(num_heads))
-        key_layout, spans = wanted(patterns, queries, self.cache.layout)
+        key_layout, spans = wanted(attention.patterns(num_heads), queries, self.cache.layout)
         return key_layout, spans[self.ring.rank]
 
     def _layout_of(self, num_tokens: int) -> Layout:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ringctx.core.attention import Attention
+from ringctx.core.pattern import Causal
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.huggingface.context import Context
 from ringctx.huggingface.families import attention_modules, family_of, rotary_module
+from ringctx.methods.branches import rotated_by
 from ringctx.methods.rotary import Rotary
 from ringctx.methods.scores import Softcap
 from ringctx.patterns import window
@@ -43,16 +46,21 @@ class Still(nn.Module):
 class Layer:
     """One layer's attention: what the model itself asks for, with what the user asked for on top."""
 
-    def __init__(self, context: Context, index: int, asked: Attention, encoding: Rotary | None) -> None:
-        self.context, self.index = context, index
-        self.asked = asked if asked.encoding is not None else replace(asked, encoding=encoding)
+    def __init__(self, context: Context, index: int, asked: Attention) -> None:
+        self.context, self.index, self.asked = context, index, asked
         self._made: dict[tuple[Any, ...], Attention] = {}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether anything is turned by position here."""
+        return any(encoding is not None for encoding in (self.asked.encoding, *(b.encoding for b in self.asked.branches)))
 
     def attention(self, *, scale: float | None, width: int | None, cap: float | None, sink: Tensor | None, dropout: float) -> Attention:
         """The model's window narrows the pattern; its cap, sink and scale fill what the user left open."""
-        key = (scale, width, cap, id(sink), dropout)
+        recalled = self.context.recalled
+        key = (scale, width, cap, id(sink), dropout, recalled)
         if key not in self._made:
-            asked = self.asked
+            asked = replace(self.asked, pattern=Causal()) if recalled else self.asked
             self._made[key] = replace(
                 asked,
                 pattern=asked.pattern & window(width) if width else asked.pattern,
@@ -78,7 +86,8 @@ def wrap(
             model(input_ids=layout.shard(ids, ring.rank), position_ids=layout.indices(ring.rank)[None], use_cache=False)
 
     attention: for all layers, or per layer number (layers left out keep the model's own). Its pattern stands for the
-    model's causal one; a window that the model has in a layer narrows it further.
+    model's causal one; a window that the model has in a layer narrows it further. Branches without frequencies get the
+    model's own, and in a layer without rotation none.
     Raises Unsupported for families that were not checked and for rotary types that depend on the length.
     """
     family_of(model)
@@ -91,11 +100,12 @@ def wrap(
     if unknown:
         raise ConfigError(f"attention names layers {unknown}, but the model has layers 0 to {len(modules) - 1}.")
     encoding = Rotary(tuple(original.inv_freq.float().tolist()), float(original.attention_scaling))  # type: ignore[operator, arg-type]
-    context = Context(ring, transport, kernel)
+    context, plain = Context(ring, transport, kernel), Attention()
+    rotated = cache(rotated_by)  # layers that are asked the same share one value, and so one table of angles
     for module in modules:
         index = int(module.layer_idx)  # type: ignore[arg-type]
         rotates = bool(getattr(module, "use_rope", True))
-        module.ringctx = Layer(context, index, asked.get(index) or Attention(), encoding if rotates else None)  # type: ignore[assignment]
+        module.ringctx = Layer(context, index, rotated(asked.get(index) or plain, encoding if rotates else None))  # type: ignore[assignment]
     setattr(parent, name, Still(encoding.width, context, original))
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
@@ -110,11 +120,12 @@ def turn(model: nn.Module, encoding: Rotary) -> None:
 
     Keys that a cache holds rotated are not turned anew: call it before the prefill, on all ranks with the same encoding.
     """
+    rotated = cache(partial(rotated_by, anew=True))
     for module in attention_modules(model):
         layer = module.ringctx
         assert isinstance(layer, Layer)
-        if layer.asked.encoding is not None:
-            module.ringctx = Layer(layer.context, layer.index, replace(layer.asked, encoding=encoding), None)  # type: ignore[assignment]
+        if layer.rotates:
+            module.ringctx = Layer(layer.context, layer.index, rotated(layer.asked, encoding))  # type: ignore[assignment]
 
 
 def unwrap(model: nn.Module) -> None:

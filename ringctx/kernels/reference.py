@@ -96,6 +96,22 @@ class Reference:
         return dq, dk.transpose(1, 2) * tile.scores.scale, dv.transpose(1, 2)
 
 
+@torch.no_grad()
+def column_sums(q: Tensor, k: Tensor, lse: Tensor, scores: TileScores) -> Tensor:
+    """What these rows give each key: sum over rows of exp(A - lse), (b h k) in the accumulation dtype.
+
+    q (b q h d), k (b k g d), lse (b q h) of the whole rows; a row that sees nothing, with lse -inf, gives nothing.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        tile = _Tile(q, k, scores)
+        total = tile.q.new_zeros(q.shape[0], q.shape[2], k.shape[1])
+        whole = lse.to(tile.dtype).masked_fill(lse == -math.inf, 0.0)
+        for rows in tile.chunks():
+            logits, _ = tile.logits(rows)
+            total += (logits - _column(whole[:, rows])).exp_().sum(2)
+        return total
+
+
 class _Tile:
     """Queries and keys in the compute dtype, and the tile's mask, bias and keep, evaluated once."""
 

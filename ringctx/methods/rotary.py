@@ -31,30 +31,39 @@ class Rotary:
         return 2 * len(self.frequencies)
 
     def queries(self, q: Tensor, positions: Tensor) -> Tensor:
-        """q (b s h d), positions int64 (s,) or (b, s)  ->  (b s h d)."""
+        """q (b s h d), positions (s,) or (b, s), whole or fractional  ->  (b s h d)."""
         return self.rotate(q, positions)
 
     def keys(self, k: Tensor, positions: Tensor) -> Tensor:
-        """k (b s g d), positions int64 (s,) or (b, s)  ->  (b s g d)."""
+        """k (b s g d), positions (s,) or (b, s), whole or fractional  ->  (b s g d)."""
         return self.rotate(k, positions)
 
-    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x (b s h d) turned by its positions; computed in float32 at least, returned in x's dtype."""
+    def queries_grad(self, dq: Tensor, positions: Tensor) -> Tensor:
+        """The transpose of `queries`: turned back, and scaled as forward."""
+        return self.rotate(dq, positions, back=True)
+
+    def keys_grad(self, dk: Tensor, positions: Tensor) -> Tensor:
+        """The transpose of `keys`."""
+        return self.rotate(dk, positions, back=True)
+
+    def rotate(self, x: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        """x (b s h d) turned by its positions, or back; computed in float32 at least, returned in x's dtype."""
         cos, sin = self.tables(positions, torch.promote_types(x.dtype, torch.float32))
+        sin = -sin if back else sin
         turned, rest = x[..., : self.width], x[..., self.width :]
         first, second = turned.chunk(2, dim=-1)
-        turned = (turned * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+        parts = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+        return torch.cat([*parts, rest] if rest.shape[-1] else parts, dim=-1)
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, ((b,) s 1 w). The last ones are kept, because all layers ask for the same positions."""
+        """cos and sin, ((b,) s 1 w/2). The last ones are kept, because all layers ask for the same positions."""
         key = f"{positions.device} {dtype}"
         last = self._memo.get(key)
         if last is not None and not torch.compiler.is_compiling() and _same(last[0], positions):
             return last[1], last[2]
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device).to(dtype)
         angles = positions[..., None].to(dtype) * frequencies
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+        angles = angles.unsqueeze(-2)
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
         if not torch.compiler.is_compiling():
             self._memo[key] = (positions, cos, sin)

@@ -1,20 +1,63 @@
-"""Asked: what the configuration asks of the model's attention, as values of the core and of the methods."""
+"""Asked: what a configuration's attention block means, as values that the layers below know.
+
+Knows configurations and methods. Knows nothing of models, ranks or caches.
+"""
 
 from __future__ import annotations
 
-from ringctx.config import AttentionConfig, PositionsConfig
+import logging
+from typing import TypeVar
+
+from ringctx.config import AttentionConfig, BranchesConfig, Config, PositionsConfig
 from ringctx.core.attention import Attention
-from ringctx.methods import extend
+from ringctx.errors import ConfigError
+from ringctx.methods import branches, extend
 from ringctx.methods.rotary import Rotary
 from ringctx.patterns import causal, sinks, window
 
+logger = logging.getLogger(__name__)
 
-def attention_of(config: AttentionConfig) -> Attention | None:
-    """What the configuration puts in the place of the model's causal attention, or None for nothing."""
-    if config.window is None:
+T = TypeVar("T")
+
+
+def attention_of(config: AttentionConfig, trained: int | None = None) -> Attention | None:
+    """What the configuration puts in the place of the model's causal attention, or None for nothing.
+
+    trained: tokens that the model was trained on. Raises ConfigError for branches that cannot be, such as chunks beyond that.
+    """
+    if config.window is None and config.branches.kind == "none":
         return None
-    seen = window(config.window) | sinks(config.sinks) if config.sinks else window(config.window)
-    return Attention(pattern=causal() & seen)
+    pattern = causal()
+    if config.window is not None:
+        pattern &= window(config.window) | sinks(config.sinks) if config.sinks else window(config.window)
+    return Attention(pattern=pattern, branches=branches_of(config.branches, trained))
+
+
+def branches_of(config: BranchesConfig, trained: int | None) -> branches.Branches:
+    """The branches of the configuration, without frequencies: the wrapped model gives its own. trained: as above."""
+    match config.kind:
+        case "rerope":
+            return branches.rerope(_given(config.window))
+        case "leaky_rerope":
+            return branches.leaky_rerope(_given(config.window), _given(config.factor))
+        case "self_extend":
+            return branches.self_extend(_given(config.window), _given(config.group))
+        case "lm_infinite":
+            return branches.lm_infinite(_given(config.window), _given(config.sinks), config.length)
+        case "streaming":
+            return branches.streaming(_given(config.window), _given(config.sinks))
+        case "dual_chunk":
+            length = config.length or trained
+            if length is None:
+                raise ConfigError("The model does not say how many tokens it was trained on; set attention.branches.length for dual_chunk.")
+            return branches.dual_chunk(_given(config.chunk), length)
+    return ()
+
+
+def _given(value: T | None) -> T:
+    """A key that this kind takes, so the configuration has refused to be without it."""
+    assert value is not None
+    return value
 
 
 def encoding_of(config: PositionsConfig, known: extend.Trained, length: int) -> Rotary:
@@ -32,3 +75,16 @@ def encoding_of(config: PositionsConfig, known: extend.Trained, length: int) -> 
         case "longrope":
             return extend.longrope(known, factor, length, short=config.short, long=config.long)
     return known.rotary
+
+
+def warn_if_long(config: Config, trained: int | None, num_tokens: int) -> None:
+    """Log it when a prompt of so many tokens and its answer go beyond what the model was trained on, stretched or recalled."""
+    positions, recall = config.attention.positions, config.cache.recall
+    if not trained or positions.kind == "dynamic_ntk" or recall.blocks:  # these go as far as they are asked
+        return
+    asked = num_tokens + config.generation.max_new_tokens
+    if asked > trained * (positions.factor or 1.0):
+        stretched = f" and stretched {positions.factor:g} times" if positions.factor else ""
+        logger.warning(
+            "Prompt and answer may take %d tokens, but the model was trained on %d%s; expect worse answers.", asked, trained, stretched
+        )

@@ -6,20 +6,24 @@ Letters: b batch, n cached tokens on this rank, g key heads, d head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ringctx.core.attention import Attention
-from ringctx.core.layout import Layout
+from ringctx.core.explicit import Keys, encode_at
+from ringctx.core.layout import Layout, Ranges, indices_of, ranges_of
 from ringctx.core.tiles import Spans
-from ringctx.errors import ConfigError, LayoutError
+from ringctx.errors import ConfigError, LayoutError, Unsupported
 from ringctx.runtime.storage import Mark, Store, open_store
 
 PAGE = 64
 """Tokens a page: memory grows by it, and a new page goes to the next rank."""
+EVICTABLE = ("model", "bf16")
+"""Kinds of storage whose tokens can be written anew without another rounding."""
 
 
 def _read(store: Store, spans: Spans | None) -> Tensor:
@@ -31,24 +35,43 @@ def _read(store: Store, spans: Spans | None) -> Tensor:
 
 
 @dataclass
-class _LayerCache:
+class _Part:
+    """Some key heads of one layer. Until tokens are evicted there is one part, of all heads (None), in the layout's order.
+
+    indices: (b f n), -1 where a slot is empty; None while the layout says where tokens are. mass: (b f n) or None for zeros.
+    """
+
     keys: Store
     values: Store
     rotated: Store | None
+    heads: tuple[int, ...] | None = None
+    indices: Tensor | None = None
+    mass: Tensor | None = None
 
     @property
     def stores(self) -> list[Store]:
         """All that there are."""
         return [store for store in (self.keys, self.values, self.rotated) if store is not None]
 
+    def write(self, k: Tensor, v: Tensor, indices: Tensor, room: int) -> None:
+        """Append k, v (b m g d) of all key heads, whose tokens have these indices (m)."""
+        if self.heads is not None:
+            k, v = k[:, :, list(self.heads)], v[:, :, list(self.heads)]
+        if self.indices is not None:
+            room = self.keys.count + k.shape[1]
+            new = indices.to(self.indices.device).expand(*self.indices.shape[:2], -1)
+            self.indices = torch.cat((self.indices, new), -1)
+        self.keys.write(k, room)
+        self.values.write(v, room)
+
 
 @dataclass(frozen=True)
 class CacheMark:
-    """Where a cache stood: the layout of its keys, the tokens it had grown by, and each layer's keys and values."""
+    """Where a cache stood: the layout of its keys, the tokens it had grown by, and each layer's parts with their stores."""
 
     layout: Layout
     grown: int
-    stores: tuple[tuple[Mark, Mark], ...]
+    parts: tuple[tuple[tuple[_Part, Mark, Mark], ...], ...]
 
 
 @dataclass
@@ -74,18 +97,18 @@ class KVCache:
     _layout: Layout = field(init=False)
     _keep: slice = field(init=False, default_factory=lambda: slice(0, 0))
     _grown: int = field(init=False, default=0)
-    _layers: list[_LayerCache] = field(init=False, repr=False)
+    _layers: list[list[_Part]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.page < 1:
             raise ConfigError(f"cache.page is {self.page}; a page holds at least 1 token.")
         self._layout = Layout(((),) * self.size)
-        self._layers = [self._layer() for _ in range(self.num_layers)]
+        self._layers = [[self._part()] for _ in range(self.num_layers)]
 
-    def _layer(self) -> _LayerCache:
+    def _part(self) -> _Part:
         keys, values = (open_store(self.storage, page=self.page, per_channel=keys, spill=self.spill) for keys in (True, False))
         is_kept = self.keep_rotated and self.storage == "model"
-        return _LayerCache(keys, values, open_store("model", page=self.page, per_channel=True, spill=self.spill) if is_kept else None)
+        return _Part(keys, values, open_store("model", page=self.page, per_channel=True, spill=self.spill) if is_kept else None)
 
     @property
     def layout(self) -> Layout:
@@ -95,12 +118,12 @@ class KVCache:
     @property
     def bytes(self) -> int:
         """Memory held by all layers, files left out."""
-        return sum(store.bytes for layer in self._layers for store in layer.stores)
+        return sum(store.bytes for parts in self._layers for part in parts for store in part.stores)
 
     @property
     def mapped_bytes(self) -> int:
         """Length of all layers' files."""
-        return sum(store.mapped_bytes for layer in self._layers for store in layer.stores)
+        return sum(store.mapped_bytes for parts in self._layers for part in parts for store in part.stores)
 
     def extend(self, layout: Layout) -> None:
         """Tokens of this layout come next, each rank appending its own. Raises LayoutError when an index is cached already."""
@@ -127,45 +150,144 @@ class KVCache:
         """The rank that keeps the next token."""
         return self._grown // self.page % self.size
 
+    def holding(self, kept: Ranges) -> KVCache:
+        """A cache of its own with these tokens, given by ascending index, which are 0, 1, 2, … there; each stays on its rank.
+
+        Keys and values are as they are read here, held as the model computes them.
+        """
+        places, spans = [], []
+        indices = indices_of(kept)
+        for rank in range(self.size):
+            own = self._layout.indices(rank)
+            places.append(torch.isin(own, indices).nonzero()[:, 0])
+            spans.append(ranges_of(torch.searchsorted(indices, own[places[rank]])))
+        small = KVCache(self.num_layers, self.rank, self.size, self.page, self.keep_rotated, len(places[self.rank]) + 4 * self.page)
+        small.extend(Layout(tuple(spans)))
+        for number, (part, *others) in enumerate(self._layers):
+            assert part.indices is None and not others  # the configuration refuses to evict and to recall
+            small.append(number, part.keys.select(places[self.rank]), part.values.select(places[self.rank]))
+        return small
+
     def mark(self) -> CacheMark:
-        """Where it stands now, for `restore`."""
-        return CacheMark(self._layout, self._grown, tuple((layer.keys.mark(), layer.values.mark()) for layer in self._layers))
+        """Where it stands now, for `restore`. What is evicted afterwards stays in memory while the mark is kept."""
+        parts = (tuple((replace(part), part.keys.mark(), part.values.mark()) for part in layer) for layer in self._layers)
+        return CacheMark(self._layout, self._grown, tuple(parts))
 
     def restore(self, mark: CacheMark) -> None:
-        """Drop what came after the mark, exactly: another question can be asked of what was read before it."""
+        """Drop what came after the mark, and take back what was evicted since, exactly: another question can be asked of it."""
         self._layout, self._grown, self._keep = mark.layout, mark.grown, slice(0, 0)
-        for layer, (keys, values) in zip(self._layers, mark.stores, strict=True):
-            layer.keys.restore(keys)
-            layer.values.restore(values)
-            if layer.rotated is not None:
-                layer.rotated.restore(Mark(min(layer.rotated.count, keys.count), None))
+        self._layers = [[replace(part) for part, _, _ in layer] for layer in mark.parts]
+        for part, keys, values in (one for layer in mark.parts for one in layer):
+            part.keys.restore(keys)
+            part.values.restore(values)
+            if part.rotated is not None:
+                part.rotated.restore(Mark(min(part.rotated.count, keys.count), None))
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Keep what belongs to this rank of this call's k, v (b n g d)."""
-        cache = self._layers[layer]
-        room = max(self.room, self._layout.count(self.rank))
-        cache.keys.write(k[:, self._keep], room)
-        cache.values.write(v[:, self._keep], room)
+        count = self._layout.count(self.rank)
+        k, v = k[:, self._keep], v[:, self._keep]
+        for part in self._layers[layer]:
+            part.write(k, v, self._layout.indices(self.rank)[count - k.shape[1] :], max(self.room, count))
 
     def read(self, layer: int, spans: Spans | None = None) -> tuple[Tensor, Tensor]:
         """This rank's keys, before rotation, and values (b n g d), in the order of the layout's indices.
 
-        spans: only those at these local positions.
+        spans: only those at these local positions. Raises LayoutError when tokens of the layer were evicted; `parts` has the others.
         """
-        cache = self._layers[layer]
-        return _read(cache.keys, spans), _read(cache.values, spans)
+        part = self._whole(layer)
+        return _read(part.keys, spans), _read(part.values, spans)
 
     def encoded(self, layer: int, attention: Attention, spans: Spans | None = None) -> Tensor | None:
         """This rank's keys, rotated, (b n g d), or those at these positions. None when not kept or nothing rotates.
 
         All that are new are rotated, once.
         """
-        cache = self._layers[layer]
-        if cache.rotated is None or attention.encoding is None or attention.branches:
+        rotated = self._rotate(self._whole(layer), attention)
+        return None if rotated is None else _read(rotated, spans)
+
+    def _whole(self, layer: int) -> _Part:
+        if self.is_evicted(layer):
+            raise LayoutError(f"Tokens of layer {layer} were evicted, so its keys are not those of the layout; ask for its parts.")
+        return self._layers[layer][0]
+
+    def _rotate(self, part: _Part, attention: Attention) -> Store | None:
+        if part.rotated is None or attention.encoding is None or attention.branches:
             return None
-        count, done = cache.keys.count, cache.rotated.count
-        if done < count or not cache.rotated.is_written:
-            keys = cache.keys.read(done, count)
-            indices = self._layout.indices(self.rank, keys.device)[done:]
-            cache.rotated.write(attention.encoding.keys(keys, indices), max(self.room, count))
-        return _read(cache.rotated, spans)
+        count, done = part.keys.count, part.rotated.count
+        if done < count or not part.rotated.is_written:
+            keys = part.keys.read(done, count)
+            if part.indices is None:
+                turned = attention.encoding.keys(keys, self._layout.indices(self.rank, keys.device)[done:])
+            else:
+                turned = encode_at(attention.encoding, keys, part.indices[..., done:])
+            part.rotated.write(turned, count if part.indices is not None else max(self.room, count))
+        return part.rotated
+
+    # -- eviction ---------------------------------------------------------------------------------------------------
+
+    def is_evicted(self, layer: int) -> bool:
+        """Whether any rank dropped any key of this layer, so that its keys have indices of their own."""
+        return self._layers[layer][0].indices is not None
+
+    def parts(self, layer: int, attention: Attention | None = None) -> list[Keys]:
+        """What is held of a layer, at explicit indices; keys before rotation, or rotated by `attention` where a rotated copy is held."""
+        found = []
+        for part in self._layers[layer]:
+            indices, heads = self._at(part)
+            rotated = self._rotate(part, attention) if attention is not None else None
+            found.append(Keys(heads, (rotated or part.keys).data, part.values.data, indices, rotated is not None))
+        return found
+
+    def masses(self, layer: int) -> list[Tensor]:
+        """For each part what voters gave its keys, (b f n); 0 where nobody did."""
+        found = []
+        for part in self._layers[layer]:
+            shape = self._at(part)[0].shape
+            have = part.values.read(0, 0).new_zeros(*shape[:2], 0, dtype=torch.float64) if part.mass is None else part.mass
+            found.append(torch.nn.functional.pad(have, (0, shape[2] - have.shape[2])))
+        return found
+
+    def vote(self, layer: int, masses: Sequence[Tensor] | None) -> None:
+        """Add these (b f n) to the masses of the layer's parts; None: begin anew at 0."""
+        before = self.masses(layer) if masses is not None else []
+        for n, part in enumerate(self._layers[layer]):
+            part.mass = None if masses is None else before[n] + masses[n]
+
+    def evict(self, layer: int, kept: Sequence[Tensor], groups: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Hold on to these keys alone. For each part: kept, bool (b f n), and its heads' places in the groups that go on together.
+
+        A dropped key's slot is empty at once; memory is given back when a page of slots is, or when groups part.
+        """
+        if self.storage not in EVICTABLE:
+            raise Unsupported(
+                f"Keys in {self.storage} would be rounded again where others are evicted; use storage {' or '.join(EVICTABLE)}."
+            )
+        parts = zip(self._layers[layer], kept, groups, strict=True)
+        self._layers[layer] = [self._kept(part, keep, list(places)) for part, keep, some in parts for places in some]
+
+    def _at(self, part: _Part) -> tuple[Tensor, tuple[int, ...]]:
+        """Indices (b f n) of a part's slots, and its heads."""
+        like = part.values.read(0, 0)
+        heads = part.heads or tuple(range(like.shape[2]))
+        if part.indices is not None:
+            return part.indices, heads
+        return self._layout.indices(self.rank, like.device).expand(like.shape[0], len(heads), -1), heads
+
+    def _kept(self, part: _Part, kept: Tensor, places: list[int]) -> _Part:
+        """These heads of a part with these keys alone; the part itself is left as it is."""
+        indices, heads = self._at(part)
+        kept, indices, heads = kept[:, places], indices[:, places].masked_fill(~kept[:, places], -1), tuple(heads[p] for p in places)
+        mass = None if part.mass is None else part.mass[:, places]
+        most = int(kept.sum(-1).max()) if kept.numel() else 0
+        if len(places) == len(part.heads or places) == part.values.read(0, 0).shape[2] and kept.shape[2] - most < self.page:
+            return replace(part, heads=heads, indices=indices, mass=mass)
+        order = (~kept).to(torch.int8).argsort(dim=-1, stable=True)[..., :most]  # (b f most), the kept ones first
+        new = replace(self._part(), heads=heads, indices=indices.gather(-1, order))
+        new.mass = None if mass is None else mass.gather(-1, order)
+        wanted = kept.flatten(0, 1).any(0).nonzero()[:, 0]
+        at = torch.searchsorted(wanted, order.contiguous()).clamp(max=max(len(wanted) - 1, 0)).transpose(1, 2).unsqueeze(-1)
+        for old, store in ((part.keys, new.keys), (part.values, new.values)):
+            x = old.select(wanted)[:, :, places]
+            store.write(x.gather(1, at.expand(*at.shape[:3], x.shape[-1])), most)
+        return new

@@ -23,11 +23,14 @@ from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, trained_of, turn, wrap
 from ringctx.methods import extend
 from ringctx.runtime.answer import Abandoned, Answer, Folders, Listener, Seconds
-from ringctx.runtime.asked import attention_of, encoding_of
+from ringctx.runtime.asked import attention_of, encoding_of, warn_if_long
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
+from ringctx.runtime.evict import Evictor, evictor_of
 from ringctx.runtime.prompts import Prompts
+from ringctx.runtime.reading import QUESTION_ROOM, Reading
+from ringctx.runtime.recall import heads_of, recall
 from ringctx.runtime.sampling import Sampler
 from ringctx.runtime.snapshot import Snapshot, source_of
 from ringctx.runtime.stream import Stream
@@ -36,32 +39,15 @@ from ringctx.runtime.weights import checkpoint
 
 logger = logging.getLogger(__name__)
 
-QUESTION_ROOM = 1_024
-"""Tokens that a question may take where nobody says; longer ones work, but memory grows for them."""
-
 ABANDONED = -1
 """What rank 0 says in a token's place when nobody listens any more."""
-
-
-@dataclass
-class Reading:
-    """Tokens that were read, with their keys in this rank's cache: what any number of answers go on from.
-
-    length: tokens of the sequence for which positions are turned, the question's and the answer's included.
-    num_resumed: how many of the tokens a snapshot held, so that they were not read. seconds: what reading the others took.
-    """
-
-    tokens: list[int]
-    cache: KVCache
-    length: int
-    num_resumed: int = 0
-    seconds: float = 0.0
 
 
 @dataclass
 class Engine:
     """A wrapped model with its tokenizer, on this rank.
 
+    evictor: drops keys as `cache.evict` says; None where all are kept.
     trained: what the rotary encoding was trained with where `attention.positions` extends it, else None.
     """
 
@@ -73,6 +59,7 @@ class Engine:
     load_seconds: float = 0.0
     trained: extend.Trained | None = None
     attention_seconds: dict[str, float] = field(default_factory=dict)
+    evictor: Evictor | None = None
 
     @classmethod
     def load(cls, config: Config, ring: Ring, *, began: float | None = None) -> Self:
@@ -91,9 +78,12 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
         known = trained_of(model) if config.attention.positions.kind != "none" else None
-        context = wrap(model, ring, attention_of(config.attention), transport=config.ring.transport, kernel=config.ring.kernel)
+        asked = attention_of(config.attention, getattr(model.config, "max_position_embeddings", None))
+        context = wrap(model, ring, asked, transport=config.ring.transport, kernel=config.ring.kernel)
         engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
+        engine.evictor = context.evictor = evictor_of(config.cache.evict, engine.num_layers, engine._shape().heads)
         engine._extend(1)  # what this model cannot take is refused now, not after the prompt
+        heads_of(config.cache.recall, model)
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
         return engine
 
@@ -144,7 +134,9 @@ class Engine:
         began = time.perf_counter() if began is None else began
         if num_read is None:
             num_read = 0 if self.config.layout.chunk is None else (len(prompt) - 1) // self.config.layout.chunk * self.config.layout.chunk
-        self._warn_if_long(len(prompt))
+        if self.evictor is not None:  # the prompt is read as one: its last queries may lie on both sides of the question's begin
+            num_read = 0
+        warn_if_long(self.config, getattr(self.model.config, "max_position_embeddings", None), len(prompt))
         room = len(prompt) - num_read + self.config.generation.max_new_tokens
         reading = self.read(prompt[:num_read], listener, folders, room=room)
         return self._answer(reading, prompt, listener, self.config.generation, began, reading)
@@ -170,8 +162,8 @@ class Engine:
             listener.began(len(tokens) - reading.num_resumed, len(layouts) - done)
         with self.timed("prefill", listener):
             for layout in layouts[done:]:
-                self._agree(0, listener, "whether the reading goes on")
-                self._read(torch.tensor(tokens), layout, cache)
+                self._go_on(listener)
+                self._cache(torch.tensor(tokens), layout, cache)
                 if saved and (layout is layouts[-1] or layout.length - saved.read >= self.config.cache.save_every):
                     saved.save(cache)
         reading.seconds = time.perf_counter() - began
@@ -213,33 +205,52 @@ class Engine:
                 "give it the tokens that were read and the question's after them."
             )
         self._extend(reading.length)
-        mark = reading.cache.mark()
-        try:
-            prefill_began = time.perf_counter()
-            logits = self._rest(reading, prompt, listener)
+        prefill_began = time.perf_counter()
+        with self._going_on(reading, prompt[num_read:], new) as (cache, rest):
+            logits = self._rest(cache, rest, listener)
             prefill_seconds = time.perf_counter() - prefill_began
             listener.prefilled()
             decode_began = time.perf_counter()
             stream = Stream(self.tokenizer, listener.text, generation.stop)
-            tokens, first_at = self._decode(logits, reading.cache, prompt, stream, generation, listener)
+            tokens, first_at = self._decode(logits, cache, prompt, stream, generation, listener)
             decode_seconds = time.perf_counter() - decode_began
-        finally:
-            reading.cache.restore(mark)
         num_new = len(prompt) - num_read
         if new is not None:
             prefill_seconds, num_new = prefill_seconds + new.seconds, len(prompt) - new.num_resumed
         seconds = Seconds(load=self.load_seconds, prefill=prefill_seconds, first_token=first_at - began, decode=decode_seconds)
         return self._report(stream.close(), tokens, len(prompt), num_new, seconds)
 
-    def _rest(self, reading: Reading, prompt: list[int], listener: Listener) -> Tensor:
-        """Read what the prompt has beyond the reading; the last token's logits (1 1 vocabulary), on every rank."""
-        layouts = self.chunks(len(reading.tokens), len(prompt))
-        listener.began(len(prompt) - len(reading.tokens), len(layouts))
+    def _will_read(self, prompt: range | None) -> None:
+        if self.evictor is not None:
+            self.evictor.prompt = prompt
+
+    @contextmanager
+    def _going_on(self, reading: Reading, rest: list[int], new: Reading | None) -> Iterator[tuple[KVCache, list[int]]]:
+        """The cache that the rest of the prompt goes on from, and what is read then: all that was read, or what the rest recalls of it."""
+        if self.config.cache.recall.blocks:
+            with self.context.recalling():
+                yield recall(self.config.cache, self.model, self.context, reading.cache, reading.tokens, rest)
+            return
+        mark = reading.cache.mark() if new is None or self.evictor is None else None  # a mark would keep what is evicted
+        try:
+            yield reading.cache, rest
+        finally:
+            if mark is not None:
+                reading.cache.restore(mark)
+
+    def _rest(self, cache: KVCache, rest: list[int], listener: Listener) -> Tensor:
+        """Read the rest of a prompt after what the cache holds; the last token's logits (1 1 vocabulary), on every rank."""
+        begin = cache.layout.length
+        tokens, layouts = torch.tensor([0] * begin + rest), self.chunks(begin, begin + len(rest))
+        self._will_read(range(begin, len(tokens)))
+        listener.began(len(rest), len(layouts))
         with self.timed("question", listener):
-            for layout in layouts:
-                self._agree(0, listener, "whether the reading goes on")
-                logits = self._read(torch.tensor(prompt), layout, reading.cache)
-        return broadcast(self.ring, logits.contiguous(), layouts[-1].owner(len(prompt) - 1), "the prompt's last logits")
+            for layout in layouts[:-1]:
+                self._go_on(listener)
+                self._cache(tokens, layout, cache)
+            self._go_on(listener)
+            logits = self._read(tokens, layouts[-1], cache)
+        return broadcast(self.ring, logits.contiguous(), layouts[-1].owner(len(tokens) - 1), "the prompt's last logits")
 
     def _decode(
         self, logits: Tensor, cache: KVCache, prompt: list[int], stream: Stream, generation: GenerationConfig, listener: Listener
@@ -271,6 +282,7 @@ class Engine:
 
     def begin(self, layouts: list[Layout], num_new: int) -> KVCache:
         """An empty cache with room for these tokens and num_new after them; positions are set for as many."""
+        self._will_read(None)
         ring, config, num_tokens = self.ring, self.config, layouts[-1].length if layouts else 0
         more = -(-num_new // ring.size) + config.cache.page
         rooms = [sum(x.count(rank) for x in layouts) + more for rank in range(ring.size)]
@@ -300,6 +312,14 @@ class Engine:
         """Where the tokens begin..end-1 live, chunk by chunk."""
         chunk, make = self.config.layout.chunk or max(end - begin, 1), getattr(Layout, self.config.layout.kind)
         return [make(min(chunk, end - a), self.ring.size).shifted(a) for a in range(begin, end, chunk)]
+
+    def _cache(self, tokens: Tensor, layout: Layout, cache: KVCache) -> None:
+        """One chunk through the model as far as its keys, which go to the cache; what comes after the last of them is left out."""
+        cache.extend(layout)
+        _, inputs = self.inputs(tokens, layout)
+        whole = self.evictor is not None  # it judges keys by the last layer's attention too
+        with self.context.running(layout, cache) if whole else self.context.caching(layout, cache, self.num_layers - 1):
+            self.model.base_model(**inputs, use_cache=False)
 
     def _read(self, prompt: Tensor, layout: Layout, cache: KVCache) -> Tensor:
         """One chunk through the model; its keys go to the cache. The logits of the chunk's last token, on the rank that owns it."""
@@ -339,6 +359,10 @@ class Engine:
             logits: Tensor = self.model(input_ids=ids, position_ids=position, use_cache=False).logits
         return logits
 
+    def _go_on(self, listener: Listener) -> None:
+        """Raises Abandoned, on all ranks, if rank 0's listener is gone."""
+        self._agree(0, listener, "whether the reading goes on")
+
     def _agree(self, token: int, listener: Listener, what: str) -> int:
         """Rank 0's token, on all ranks: machines that round differently must not part ways. Abandoned if its listener is gone."""
         token = ABANDONED if self.ring.rank == 0 and listener.is_gone() else token
@@ -353,17 +377,6 @@ class Engine:
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
         return set(ends) if isinstance(ends, list) else {ends}
-
-    def _warn_if_long(self, num_tokens: int) -> None:
-        length = getattr(self.model.config, "max_position_embeddings", None)
-        asked, positions = num_tokens + self.config.generation.max_new_tokens, self.config.attention.positions
-        if not length or positions.kind == "dynamic_ntk":  # it stretches as far as it is asked
-            return
-        if asked > length * (positions.factor or 1.0):
-            stretched = f" and stretched {positions.factor:g} times" if positions.factor else ""
-            logger.warning(
-                "Prompt and answer may take %d tokens, but the model was trained on %d%s; expect worse answers.", asked, length, stretched
-            )
 
     def _report(self, answer: str, tokens: list[int], prompt_tokens: int, num_read: int, seconds: Seconds) -> Answer:
         facts = {"memory": peak_memory(self.device), "sent": dict(self.ring.traffic.sent)}

@@ -186,10 +186,15 @@ def source_of(config: Config, model: Any, prompt: list[int], length: int, storag
     length: of the sequence for which positions are turned. The model counts by its configuration and the first numbers of every
     weight, so it may lie elsewhere.
     """
+    if config.cache.evict.kind != "none":
+        raise ConfigError(
+            f"Snapshots hold every key that was read, but cache.evict.kind is {config.cache.evict.kind}; "
+            "leave --save and --resume out, or set cache.evict.kind to none."
+        )
     of_model = hashlib.sha256((checkpoint(config.model.path) / "config.json").read_bytes())
     for name, weight in model.named_parameters():
         of_model.update(f"{name} {tuple(weight.shape)} {weight.detach().flatten()[:64].tolist()}".encode())
-    positions = config.attention.positions
+    positions, branches = config.attention.positions, config.attention.branches
     of_length = positions.kind in ("dynamic_ntk", "longrope")  # these turn by the length of prompt and answer
     return {
         "model": of_model.hexdigest(),
@@ -200,6 +205,7 @@ def source_of(config: Config, model: Any, prompt: list[int], length: int, storag
         "attention.window": config.attention.window,
         "attention.sinks": config.attention.sinks,
         "attention.positions": asdict(positions),
+        "attention.branches": asdict(branches) if branches.kind != "none" else None,
         "a length in tokens of": length if of_length else None,
         "cache.storage": storage,
     }

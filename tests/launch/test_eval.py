@@ -70,3 +70,13 @@ def test_needles_under_torchrun_are_those_of_one(place, alone):
     same = ("length", "depth", "correct", "density", "prompt_tokens", "number", "answer")
     assert [[row[key] for key in same] for row in three["rows"]] == [[row[key] for key in same] for row in one["rows"]]
     assert all(len(row["memory"]) == 3 for row in three["rows"])
+
+
+def test_several_needles_with_ranks_are_those_of_one(place, alone):
+    typed = ("--task", "needles", "--length", "701", "--count", "3")
+    one, two = alone(*typed), on_ranks(place, *typed, "--ranks", "2")
+    for row in (*one["rows"], *two["rows"]):
+        assert all(row.pop(key) is not None for key in ("seconds", "prefill_seconds", "answer_seconds"))
+        assert len(row.pop("memory")) == len(row.pop("anonymous"))
+    assert two["rows"][0].pop("bytes") > one["rows"][0].pop("bytes") == 0
+    assert two == one

@@ -5,6 +5,7 @@ A mutation replaces a text that occurs exactly once in its file. `python -m test
 
 from __future__ import annotations
 
+from tests.mutations.branches import BRANCHES
 from tests.mutations.calls import CALLS_AND_CACHES
 from tests.mutations.kinds import Mutation
 from tests.mutations.masks import WHO_SEES_WHOM
@@ -12,4 +13,4 @@ from tests.mutations.scores import HEADS_AND_SCORES
 from tests.mutations.sums import SUMS
 from tests.mutations.travel import TRAVEL
 
-MUTATIONS: tuple[Mutation, ...] = (*TRAVEL, *SUMS, *WHO_SEES_WHOM, *HEADS_AND_SCORES, *CALLS_AND_CACHES)
+MUTATIONS: tuple[Mutation, ...] = (*TRAVEL, *SUMS, *WHO_SEES_WHOM, *HEADS_AND_SCORES, *BRANCHES, *CALLS_AND_CACHES)

@@ -16,8 +16,8 @@ HEADS_AND_SCORES = (
     Mutation(
         "gqa_pairing_in_decode",
         CORE + "decode.py",
-        "folded = q.view(q.shape[0], k.shape[2], ratio, q.shape[3]).transpose(1, 2)",
-        "folded = q.view(q.shape[0], ratio, k.shape[2], q.shape[3])",
+        "folded = q_.view(b, g, ratio, width).transpose(1, 2)",
+        "folded = q_.view(b, ratio, g, width)",
         "folded decode pairs query head x with key head x mod g",
         promise("test_decode_is_the_definition_and_equal_on_every_rank[causal-1]"),
     ),

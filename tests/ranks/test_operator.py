@@ -7,6 +7,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ringctx import Attention, Layout, Ring, RingAttention, Unsupported, explain, ring_attention, ring_sdpa
+from ringctx.methods.branches import Branches, rerope
+from ringctx.methods.rotary import Rotary
 from ringctx.patterns import causal, full, window
 from ringctx.testing import dense, error
 
@@ -38,9 +40,9 @@ def equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def compiled(ring: Ring, transport: str) -> None:
+def compiled(ring: Ring, transport: str, branches: Branches) -> None:
     layout, tensors = shards(ring)
-    attention = Attention(PATTERN)
+    attention = Attention(PATTERN, branches=branches)
 
     def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return 2 * ring_attention(q * 1.5, k, v, ring=ring, layout=layout, attention=attention, transport=transport)
@@ -51,9 +53,9 @@ def compiled(ring: Ring, transport: str) -> None:
     equal(grads_of(fast(*tensors[:3]), tensors), eager)
 
 
-@pytest.mark.parametrize("transport", ["rotate", "heads", "pass_q"])
-def test_compile_makes_one_graph_of_it_forward_and_backward(pool, transport):
-    pool.run(compiled, transport, size=2)
+@pytest.mark.parametrize(("transport", "branches"), [("rotate", ()), ("heads", ()), ("pass_q", ()), ("rotate", rerope(9, Rotary((0.5,))))])
+def test_compile_makes_one_graph_of_it_forward_and_backward(pool, transport, branches):
+    pool.run(compiled, transport, branches, size=2)
 
 
 def checkpointed(ring: Ring, transport: str, dropout: float) -> tuple[int, int]:

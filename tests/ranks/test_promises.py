@@ -311,9 +311,9 @@ def test_a_batch_may_be_cut_anywhere_and_drops_the_same() -> None:
 
 
 def test_query_heads_read_the_key_head_of_their_group() -> None:
-    (group,) = head_groups(p.causal(), 8, 2)
+    (group,) = head_groups(Attention(), 8, 2)
     assert group.keys == (0, 1) and group.rows == tuple(range(8))
-    (group,) = head_groups(p.causal(), 8, 2, range(3, 6), 0)
+    (group,) = head_groups(Attention(), 8, 2, range(3, 6), 0)
     assert group.heads == (3, 4, 5) and group.rows == (0, 1, 2) and group.keys == (0, 1, 1)
 
 

@@ -17,7 +17,7 @@ from tests.exact import judge, wrong
 from tests.pool import Pool
 
 PROFILE = settings(
-    max_examples=60,
+    max_examples=80,
     derandomize=True,
     deadline=None,
     database=None,

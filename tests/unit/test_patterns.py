@@ -10,8 +10,22 @@ import pytest
 import torch
 
 from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Causal, Pattern, Verdict
+from ringctx.core.rules import Chunks
 from ringctx.errors import ConfigError, LayoutError
-from ringctx.patterns import blocks, causal, dilated, documents, fixed, full, global_tokens, per_head, prefix, sinks, strided, window
+from ringctx.patterns import (
+    blocks,
+    causal,
+    dilated,
+    documents,
+    fixed,
+    full,
+    global_tokens,
+    per_head,
+    prefix,
+    sinks,
+    strided,
+    window,
+)
 
 S = 12
 INDEX = torch.arange(S)
@@ -30,6 +44,7 @@ STOCK = [
     *(sinks(n) for n in (0, 1, 4, 12, 99)),
     *(prefix(n) for n in (0, 1, 2, 5, 12)),
     *(dilated(k) for k in (1, 2, 3, 5, 20)),
+    *(Chunks(size, count) for size, count in ((1, 1), (3, 1), (3, 2), (5, 2), (4, 9), (20, 1))),
     *(strided(l) for l in (1, 2, 3, 4, 20)),
     *(fixed(l, c) for l, c in ((1, 1), (2, 1), (3, 2), (4, 1), (4, 3), (5, 5), (20, 2))),
     *(global_tokens(tokens) for tokens in ([0], [3, 4], [11, 0, 5], range(6), range(12))),
@@ -63,6 +78,7 @@ COMPOSED = [
     ~~causal(),
     ~full() | sinks(2),
     causal() & ~sinks(1),
+    causal() & Chunks(3, 2) & ~Chunks(3, 1),
     causal() & dilated(3) | global_tokens([4]),
     causal() & blocks(tiles(2, 3, 3), 4) & documents(ids=tiles(3, S).long()),
     blocks(tiles(2, 3, 3), 4) | ~per_head({window(2): 0, sinks(3) & causal(): 1}),

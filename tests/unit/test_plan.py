@@ -73,7 +73,7 @@ def test_tiles_cover_what_is_allowed_and_each_pair_once(pattern, layout):
                         tile = tile.tril()
                     if verdict == PARTIAL:
                         tile = PATTERNS[pattern].allows(i[a:b], j[c:d])
-                        assert max(tile.shape) <= 4
+                        assert len(tile) <= 4 and tile.shape[1] <= 16
                     seen[a:b].index_add_(1, j[c:d], tile.long())
             assert torch.equal(seen, PATTERNS[pattern].allows(i, torch.arange(S)).long())
 
@@ -237,3 +237,8 @@ def test_a_chunk_wants_the_keys_that_its_queries_see(pattern: str, layout: str, 
     for rank in range(3):
         assert spans[rank] == spans_of(seen[keys.indices(rank)])
         assert where.indices(rank).tolist() == keys.indices(rank)[seen[keys.indices(rank)]].tolist()
+
+
+def test_a_window_is_a_strip_for_each_leaf_of_rows_without_keys_that_none_of_them_sees():
+    rows = tiles(causal() & window(6), (range(40, 64),), (range(30, 64),))
+    assert rows == tuple((int(PARTIAL), a, a + 4, a + 5, a + 14) for a in range(0, 24, 4))

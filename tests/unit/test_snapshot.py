@@ -174,6 +174,7 @@ def test_a_part_that_is_gone_is_named(tmp_path):
         ("layout.chunk=16", r"was made from layout\.chunk 32 \(here it is 16\); give what"),
         ("layout.kind=striped", r"layout\.kind zigzag \(here it is striped\)"),
         ("attention.window=9", r"attention\.window null \(here it is 9\)"),
+        ("attention.branches={kind: rerope, window: 9}", r"attention\.branches null \(here it is \{'kind': 'rerope', 'window': 9"),
         ("attention.positions={kind: yarn, factor: 2}", r"attention\.positions \{'kind': 'none'"),
         ("cache.storage=int8", r"cache\.storage model \(here it is int8\)"),
         ("model.dtype=bfloat16", r"was made from model\.dtype float32 \(here it is bfloat16\); give"),

@@ -8,39 +8,88 @@ from pathlib import Path
 from typing import Any
 
 from ringctx.errors import ConfigError
+from ringctx.tools.eval.wordings import NAMES, WORDINGS
 
-TASKS = ("needle", "perplexity")
+TASKS = {
+    "needle": ("depth", "seed", "wording"),
+    "needles": ("seed", "wording", "count"),
+    "variables": ("seed", "count", "hops"),
+    "perplexity": ("stride", "tokens"),
+}
+"""What each task may be told beside --length."""
 SHIPPED = Path(__file__).parents[3] / "launch" / "documents" / "kjv.txt.gz"
 """The text that is read where none is named."""
+COUNT = 4
+"""Needles or variables where nobody says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """One evaluation: the task, its lengths in tokens, a needle's depths (0 first, 1 last), the text, and the seed of what is drawn."""
+    """One evaluation: the task, its text, its lengths in tokens, and what else was said; () and None where nothing was.
+
+    depth: where a needle lies, 0 first, 1 last. seed: of what is drawn. wording: names in WORDINGS. count: of needles, or of
+    variables. hops: from a variable's number to the one asked for. stride: tokens that each window of a perplexity adds.
+    tokens: of the text that those windows slide over.
+    """
 
     task: str
     text: str
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...] = ()
-    seed: int = 0
+    length: tuple[int, ...]
+    depth: tuple[float, ...] = ()
+    seed: tuple[int, ...] = ()
+    wording: tuple[str, ...] = ()
+    count: int | None = None
+    hops: int | None = None
+    stride: int | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.lengths:
+        if not self.length:
             raise ConfigError(f"`ringctx eval --task {self.task}` needs --length N: how many tokens to read.")
-        if self.task == "needle" and not self.depths:
+        for option in ("depth", "seed", "wording", "count", "hops", "stride", "tokens"):
+            if getattr(self, option) not in ((), None) and option not in TASKS[self.task]:
+                others = " or ".join(f"--task {task}" for task, options in TASKS.items() if option in options)
+                raise ConfigError(f"--{option} means nothing to --task {self.task}; leave --{option} out, or ask for {others}.")
+        if self.task == "needle" and not self.depth:
             raise ConfigError("`ringctx eval --task needle` needs --depth D, from 0 to 1: where the needle lies; it may be repeated.")
-        if self.task == "perplexity" and self.depths:
-            raise ConfigError("Perplexity is not measured at a depth; leave --depth out, or ask for --task needle.")
-        if self.task == "perplexity" and len(self.lengths) > 1:
-            raise ConfigError("Perplexity is one pass over the first --length tokens, with a row for each power of two; give one --length.")
+        for option, least, most in (("count", 1, len(NAMES)), ("hops", 0, len(NAMES))):
+            given = getattr(self, option)
+            if given is not None and not least <= given <= most:
+                raise ConfigError(f"--{option} is {given}; it may be {least} to {most}.")
+        unknown = set(self.wording) - set(WORDINGS)
+        if unknown:
+            raise ConfigError(f"--wording {min(unknown)} is not known; there are {', '.join(WORDINGS)}.")
+        if self.task == "perplexity":
+            self._check_windows()
+
+    def _check_windows(self) -> None:
+        if (self.stride is None) != (self.tokens is None):
+            raise ConfigError(
+                "Perplexity through windows needs both --stride S, how many tokens each window adds, and --tokens N, how many of the "
+                "text they slide over; give both, or neither for one pass."
+            )
+        if self.stride is None or self.tokens is None:
+            if len(self.length) > 1:
+                raise ConfigError(
+                    "Perplexity is one pass over the first --length tokens, with a row for each power of two; give one --length, "
+                    "or --stride and --tokens for a window of each."
+                )
+            return
+        if not 1 <= self.stride < min(self.length):
+            raise ConfigError(f"--stride is {self.stride}; it may be 1 to {min(self.length) - 1}, so that windows of --length overlap.")
+        if self.tokens < max(self.length):
+            raise ConfigError(f"--tokens is {self.tokens}, but a window has {max(self.length)}; slide over at least as many.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What every task says of a run; the keys are a contract.
+    """What every task says of a run; the first six keys are a contract.
 
-    length: tokens. depth, correct: of a needle, else None. density: query-key pairs that the patterns allow, as a share of
+    length: tokens. depth, correct: of what was hidden, else None. seconds: prefill_seconds, reading text and questions, and
+    answer_seconds, writing answers (None where there are none). density: query-key pairs that the patterns allow, as a share of
     causal attention's, over the tokens read, the mean of all layers and heads. bytes: sent by all ranks.
+    memory: each rank's peak in bytes up to now, so it never falls from one run to the next. anonymous: the most anonymous
+    memory seen of each rank's process during the run, looked at every 10 ms; cache files are not in it; None but on Linux.
     """
 
     length: int
@@ -49,16 +98,30 @@ class Row:
     seconds: float
     density: float
     bytes: int
+    prefill_seconds: float
+    answer_seconds: float | None
+    memory: list[int]
+    anonymous: list[int | None]
+
+    @property
+    def tried(self) -> list[tuple[float | None, bool]]:
+        """Depth and success of each thing that was asked for in this run."""
+        return [] if self.correct is None else [(self.depth, self.correct)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What `ringctx eval --json` prints. accuracy: the share of rows that are correct, None where no row can be."""
+    """What `ringctx eval --json` prints. accuracy: the share of what was asked that was answered rightly, None where nothing was."""
 
     task: str
     rows: Sequence[Row]
-    accuracy: float | None
     protocol: str
+
+    @property
+    def accuracy(self) -> float | None:
+        """All questions of all rows count alike."""
+        tried = [is_correct for row in self.rows for _, is_correct in row.tried]
+        return sum(tried) / len(tried) if tried else None
 
     def json(self) -> dict[str, Any]:
         """As plain lists and mappings; the keys are pinned by a test."""

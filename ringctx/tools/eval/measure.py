@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,33 +14,55 @@ from ringctx.config import Config
 from ringctx.core.ring import Ring
 from ringctx.runtime.answer import Listener
 from ringctx.runtime.engine import Engine
-from ringctx.tools.eval import needle, perplexity
-from ringctx.tools.eval.asked import Asked, Result
+from ringctx.tools.eval import needle, perplexity, variables
+from ringctx.tools.eval.asked import COUNT, Asked, Result
+from ringctx.tools.eval.asking import ANSWER_TOKENS
+from ringctx.tools.eval.wordings import WORDINGS
+
+DEFAULT_WORDING, DEFAULT_SEED = tuple(WORDINGS)[:1], (0,)
 
 
 def measure(config: Config, ring: Ring, asked: Asked) -> Result:
-    """Load the model and measure. All ranks call it together and return the same but for seconds."""
-    generation = replace(config.generation, max_new_tokens=needle.ANSWER_TOKENS)
+    """Load the model and measure. All ranks call it together and return the same but for seconds and memory."""
+    generation = replace(config.generation, max_new_tokens=ANSWER_TOKENS)
     engine = Engine.load(replace(config, generation=generation), ring)
-    return _needles(engine, asked) if asked.task == "needle" else _perplexity(engine, asked)
+    return {"needle": _needle, "needles": _needles, "variables": _variables, "perplexity": _perplexity}[asked.task](engine, asked)
+
+
+def _needle(engine: Engine, asked: Asked) -> Result:
+    cases = list(product(asked.length, asked.depth, asked.wording or DEFAULT_WORDING, asked.seed or DEFAULT_SEED))
+    with _bar(engine, "Needles", sum(length for length, *_ in cases)) as listener:
+        rows = [needle.run_one(engine, asked.text, words, length, depth, seed, listener) for length, depth, words, seed in cases]
+    return Result(task=asked.task, rows=rows, protocol=needle.ONE)
 
 
 def _needles(engine: Engine, asked: Asked) -> Result:
-    cases = [(length, depth) for length in asked.lengths for depth in asked.depths]
-    rows = []
-    with _bar(engine, "Needles", sum(length for length, _ in cases)) as listener:
-        for length, depth in cases:
-            planted = needle.plant(engine, asked.text, length, depth, asked.seed)
-            rows.append(needle.run(engine, planted, length, depth, listener))
-    accuracy = sum(bool(row.correct) for row in rows) / len(rows)
-    return Result(task=asked.task, rows=rows, accuracy=accuracy, protocol=needle.PROTOCOL.format(slack=needle.SLACK))
+    cases = list(product(asked.length, asked.wording or DEFAULT_WORDING, asked.seed or DEFAULT_SEED))
+    count = asked.count or COUNT
+    with _bar(engine, "Needles", sum(length for length, *_ in cases)) as listener:
+        rows = [needle.run_several(engine, asked.text, words, length, count, seed, listener) for length, words, seed in cases]
+    return Result(task=asked.task, rows=rows, protocol=needle.SEVERAL.format(count=count))
+
+
+def _variables(engine: Engine, asked: Asked) -> Result:
+    cases = list(product(asked.length, asked.seed or DEFAULT_SEED))
+    count, hops = asked.count or COUNT, asked.hops or 0
+    with _bar(engine, "Variables", sum(length for length, _ in cases)) as listener:
+        rows = [variables.run(engine, asked.text, length, count, hops, seed, listener) for length, seed in cases]
+    return Result(task=asked.task, rows=rows, protocol=variables.protocol(count, hops))
 
 
 def _perplexity(engine: Engine, asked: Asked) -> Result:
-    tokens = perplexity.tokens_of(engine, asked.text, asked.lengths[0])
-    with _bar(engine, "Perplexity", len(tokens)) as listener:
-        rows = perplexity.run(engine, tokens, listener)
-    return Result(task=asked.task, rows=rows, accuracy=None, protocol=perplexity.PROTOCOL)
+    if asked.stride is None or asked.tokens is None:
+        tokens = perplexity.tokens_of(engine, asked.text, asked.length[0], "--length")
+        with _bar(engine, "Perplexity", len(tokens)) as listener:
+            rows = perplexity.one_pass(engine, tokens, listener)
+        return Result(task=asked.task, rows=rows, protocol=perplexity.ONE_PASS)
+    tokens = perplexity.tokens_of(engine, asked.text, asked.tokens, "--tokens")
+    read = sum(end - begin for length in asked.length for begin, end in perplexity.windows(len(tokens), length, asked.stride))
+    with _bar(engine, "Perplexity", read) as listener:
+        rows = [perplexity.through_windows(engine, tokens, length, asked.stride, listener) for length in asked.length]
+    return Result(task=asked.task, rows=rows, protocol=perplexity.WINDOWS.format(tokens=len(tokens), stride=asked.stride))
 
 
 @contextmanager

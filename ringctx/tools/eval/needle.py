@@ -1,117 +1,123 @@
-"""Needle: a number hidden in a long text, asked for at its end."""
+"""Needles: numbers hidden in a long text, asked for at its end; one at a depth, or several with names, from one reading."""
 
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 
-from ringctx.errors import ConfigError
 from ringctx.runtime.answer import Listener
 from ringctx.runtime.engine import Engine
 from ringctx.tools.eval.asked import Row
-from ringctx.tools.eval.density import density
+from ringctx.tools.eval.asking import ask
+from ringctx.tools.eval.planting import SLACK, Hidden, Question, plant
+from ringctx.tools.eval.wordings import NAMES, WORDINGS
 
-NEEDLE = "The special magic number is: {number}."
-QUESTION = "What is the special magic number mentioned in the text above?"
-BEGINNING = "The special magic number mentioned in the text is"
-PROTOCOL = (
-    "A number of five digits at the sentence end nearest to the depth (in characters), in text from a drawn place. The prompt, "
-    "with the model's chat template and the answer's beginning, has `length` tokens, or up to {slack} fewer; prompt_tokens says "
-    "how many. Correct: the number's digits begin the answer. seconds: prefill and answer. density: from the patterns, of the prompt."
+COMMON = (
+    "in text that begins at a place drawn from seed and length. The prompt, with the model's chat template and the answer's "
+    f"beginning, has `length` tokens, or up to {SLACK} fewer; prompt_tokens says how many. Correct: the answer begins with "
+    "the number and no further digit. density: from the patterns, of the prompt."
 )
-ANSWER_TOKENS = 8
-"""Enough for a space and five digits, however they are split."""
-SLACK = 8
-"""Tokens by which a prompt may be shorter than asked: one character more may be worth more than one token."""
-SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)")
+ONE = f"A number of five digits at the sentence end nearest to the depth (in characters), {COMMON}"
+SEVERAL = (
+    "{count} needles, each of a name and a number of five digits, at the sentence ends nearest to the middles of {count} "
+    f"equal parts, {COMMON} The text is read once and each needle asked for from there; length and density are of the "
+    "longest prompt. correct: all of them; found: the share."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleRow(Row):
-    """A run. memory: each rank's peak in bytes up to now, so it never falls from one run to the next."""
+    """A run with one needle."""
 
     prompt_tokens: int
+    wording: str
+    seed: int
     number: str
     answer: str
-    memory: list[int]
 
 
-@dataclass(frozen=True)
-class Planted:
-    """A prompt of tokens, the text it was made from with the needle in it, and the number that is asked for."""
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What became of one needle among several."""
 
-    prompt: list[int]
-    text: str
+    name: str
+    depth: float
     number: str
+    answer: str
+    correct: bool
 
 
-def run(engine: Engine, planted: Planted, length: int, depth: float, listener: Listener) -> NeedleRow:
-    """Read, answer, compare. All ranks call it together and return the same but for `seconds`."""
-    answer = engine.complete(planted.prompt, listener)
+@dataclass(frozen=True, kw_only=True)
+class NeedlesRow(Row):
+    """A run with several needles. found: the share of them; correct: all of them."""
+
+    prompt_tokens: int
+    wording: str
+    seed: int
+    found: float
+    needles: list[Found]
+
+    @property
+    def tried(self) -> list[tuple[float | None, bool]]:
+        """Depth and success of each needle."""
+        return [(needle.depth, needle.correct) for needle in self.needles]
+
+
+def hidden_one(wording: str, length: int, depth: float, seed: int) -> Hidden:
+    """One needle without a name. Its number depends on all arguments."""
+    number = str(random.Random(f"{wording} {seed} {length} {depth}").randint(10_000, 99_999))
+    return _hidden(wording, [(depth, "", number)])
+
+
+def hidden_several(wording: str, length: int, count: int, seed: int) -> tuple[Hidden, list[tuple[float, str, str]]]:
+    """Needles in the middles of `count` equal parts; also depth, name and number of each."""
+    draw = random.Random(f"{wording} {seed} {length}")
+    numbers = map(str, draw.sample(range(10_000, 100_000), count))
+    needles = [((n + 0.5) / count, name, number) for n, (name, number) in enumerate(zip(draw.sample(NAMES, count), numbers, strict=True))]
+    return _hidden(wording, [(depth, f" of {name}", number) for depth, name, number in needles]), needles
+
+
+def run_one(engine: Engine, text: str, wording: str, length: int, depth: float, seed: int, listener: Listener) -> NeedleRow:
+    """One needle. All ranks call it together and return the same but for the seconds."""
+    planted = plant(engine, text, length, hidden_one(wording, length, depth, seed), seed)
+    said = ask(engine, planted, listener)
     return NeedleRow(
         length=length,
         depth=depth,
-        correct=answer.answer.lstrip().startswith(planted.number),
-        seconds=answer.seconds.prefill + answer.seconds.decode,
-        density=density(engine, answer.prompt_tokens),
-        bytes=sum(answer.bytes.values()),
-        prompt_tokens=answer.prompt_tokens,
-        number=planted.number,
-        answer=answer.answer,
-        memory=answer.memory,
+        correct=said.are_correct[0],
+        **said.cost,
+        prompt_tokens=said.prompt_tokens,
+        wording=wording,
+        seed=seed,
+        number=planted.questions[0].number,
+        answer=said.answers[0],
     )
 
 
-def plant(engine: Engine, text: str, length: int, depth: float, seed: int) -> Planted:
-    """The prompt for one run, of `length` tokens or at most SLACK fewer; number and place depend on seed, length and depth alone.
-
-    Raises ConfigError when the length has no room for the question, or asks for more text than there is.
-    """
-    draw = random.Random(f"{seed} {length} {depth}")
-    number = str(draw.randint(10_000, 99_999))
-    needle = NEEDLE.format(number=number)
-    frame = len(_prompt(engine, needle))
-    if frame > length:
-        raise ConfigError(f"--length {length} is too short for a needle: it takes {frame} tokens with its question; ask for more.")
-    sample = text[:20_000]
-    ratio = len(sample) / len(engine.tokenizer(sample, add_special_tokens=False).input_ids)  # characters a token
-    text = text[_start(text, draw, round(1.1 * ratio * (length - frame))) :]
-    best, width = Planted(_prompt(engine, needle), needle, number), round(ratio * (length - frame))
-    fits, over = 0, len(text) + 1  # characters that fit, and that do not
-    while over - fits > 1 and len(best.prompt) < length:
-        width = min(max(width, fits + 1), over - 1)
-        around = hide(needle, text[:width], depth)
-        prompt = _prompt(engine, around)
-        if len(prompt) <= length:
-            best, fits = Planted(prompt, around, number), width
-        else:
-            over = width
-        width += round(ratio * (length - len(prompt)))
-    if length - len(best.prompt) > SLACK:
-        raise ConfigError(
-            f"--length {length} needs more text than the document has: its {len(text):,} characters make a prompt of "
-            f"{len(best.prompt):,} tokens. Give a longer --document, or ask for less."
-        )
-    return best
+def run_several(engine: Engine, text: str, wording: str, length: int, count: int, seed: int, listener: Listener) -> NeedlesRow:
+    """Several needles, each asked for. All ranks call it together and return the same but for the seconds."""
+    hidden, needles = hidden_several(wording, length, count, seed)
+    said = ask(engine, plant(engine, text, length, hidden, seed), listener)
+    found = [
+        Found(name=name, depth=depth, number=number, answer=answer, correct=is_correct)
+        for (depth, name, number), answer, is_correct in zip(needles, said.answers, said.are_correct, strict=True)
+    ]
+    return NeedlesRow(
+        length=length,
+        depth=None,
+        correct=all(said.are_correct),
+        **said.cost,
+        prompt_tokens=said.prompt_tokens,
+        wording=wording,
+        seed=seed,
+        found=sum(said.are_correct) / count,
+        needles=found,
+    )
 
 
-def hide(needle: str, text: str, depth: float) -> str:
-    """The text with the needle at its beginning or after the end of a sentence, whichever is nearest to this share of it."""
-    places = [0, *(found.end() for found in SENTENCE_END.finditer(text))]
-    place = min(places, key=lambda at: abs(at - depth * len(text)))
-    before, after = text[:place], text[place:]
-    return before + " " * bool(before) + needle + " " * (bool(after) and not after[0].isspace()) + after
-
-
-def _start(text: str, draw: random.Random, width: int) -> int:
-    """Where some sentence begins that has `width` characters from there on; 0 where none has."""
-    starts = [0, *(found.end() for found in re.finditer(r"[.!?]\s+", text[: max(len(text) - width, 0)]))]
-    return draw.choice(starts)
-
-
-def _prompt(engine: Engine, text: str) -> list[int]:
-    """Text and question as the configuration frames them, and the answer's beginning, which the model continues."""
-    space = "" if engine.tokenizer.chat_template else "\n"
-    beginning = engine.tokenizer(space + BEGINNING, add_special_tokens=False).input_ids
-    return [*engine.prompt(text, QUESTION), *beginning]
+def _hidden(wording: str, needles: list[tuple[float, str, str]]) -> Hidden:
+    """Needles of depth, {of} and number in these words."""
+    words = WORDINGS[wording]
+    sentences = tuple((depth, words.needle.format(of=of, number=number)) for depth, of, number in needles)
+    questions = tuple(Question(words.question.format(of=of), words.beginning.format(of=of), number) for _, of, number in needles)
+    return Hidden(sentences, questions)

@@ -13,34 +13,59 @@ from rich.table import Table
 from ringctx.errors import ConfigError
 from ringctx.tools.eval.asked import Asked, Result
 
+COLUMNS = {
+    "needle": ("length", "depth", "wording", "seed", "correct"),
+    "needles": ("length", "wording", "seed", "found"),
+    "variables": ("length", "depth", "seed", "correct"),
+    "perplexity": ("length", "windows", "tokens", "nll", "perplexity"),
+}
+"""What a person is shown of each task, before what it cost."""
+COST = {
+    "prefill_seconds": "read s", "answer_seconds": "answer s", "density": "density",
+    "bytes": "MB sent", "memory": "peak MB", "anonymous": "anon. MB",
+}  # fmt: skip
+"""What it cost, by the words that head it."""
+LEAST_WIDTH = 120
+"""Columns of a terminal that the widest table takes; a narrower one folds its lines rather than lose figures."""
+IN_BYTES = ("bytes", "memory", "anonymous")
+DRAWN = ("needle", "needles")
+"""Tasks with a picture: length across, depth down."""
+
 
 def text(result: Result) -> str:
-    """The rows as a table for a terminal; lists and answers are left to --json."""
-    names = {"needle": ("length", "depth", "correct"), "perplexity": ("length", "tokens", "nll", "perplexity")}[result.task]
-    names = (*names, "seconds", "density", "bytes")
+    """The rows as a table for a terminal; lists and answers are left to --json, and of the ranks' memory the most is shown."""
+    names = dict.fromkeys(COLUMNS[result.task]) | COST
     accuracy = "" if result.accuracy is None else f": {result.accuracy:.0%} correct"
     shown = Table(title=result.task + accuracy, title_justify="left", caption=result.protocol, caption_justify="left")
-    for name in names:
-        shown.add_column(name, justify="right")
+    for name, heading in names.items():
+        shown.add_column(heading or name, justify="right", no_wrap=True)
     for row in result.json()["rows"]:
-        shown.add_row(*(_cell(row[name]) for name in names))
-    console = Console()
+        shown.add_row(*(_cell(_megabytes(row[name]) if name in IN_BYTES else row[name]) for name in names))
+    console = Console(width=max(Console().width, LEAST_WIDTH))
     with console.capture() as captured:
         console.print(shown)
     return captured.get()
 
 
 def _cell(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _megabytes(value: Any) -> float | None:
+    """Of a number of bytes, or of the rank that has the most; None where one does not tell."""
+    most = value if isinstance(value, int) else None if None in value else max(value)
+    return None if most is None else most / 1e6
 
 
 def check_out(asked: Asked, out: Path | None) -> None:
     """Raise ConfigError now, not after hours, where `write` could not write."""
     if out is None:
         return
-    if asked.task == "needle" and importlib.util.find_spec("matplotlib") is None:
+    if asked.task in DRAWN and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "--out draws a heat map of needles with matplotlib, which is not installed; "
             "pip install 'ringctx[plot]', or leave --out out and keep what --json prints."
@@ -52,30 +77,40 @@ def check_out(asked: Asked, out: Path | None) -> None:
 
 
 def write(result: Result, out: Path) -> list[Path]:
-    """<task>.json and, for needles, needle.png in the folder; returns the files."""
+    """<task>.json and, for needles, <task>.png in the folder; returns the files."""
     written = [out / f"{result.task}.json"]
     written[0].write_text(json.dumps(result.json(), ensure_ascii=False, indent=1) + "\n")
-    if result.task == "needle":
-        written.append(out / "needle.png")
+    if result.task in DRAWN:
+        written.append(out / f"{result.task}.png")
         _draw(result, written[1])
     return written
 
 
+def cells(result: Result) -> dict[tuple[int, float], tuple[int, int]]:
+    """How many needles were found and how many tried, by length and depth; seeds and wordings are added up."""
+    counts: dict[tuple[int, float], tuple[int, int]] = {}
+    for row in result.rows:
+        for depth, is_correct in row.tried:
+            assert depth is not None
+            found, tried = counts.get((row.length, depth), (0, 0))
+            counts[row.length, depth] = (found + is_correct, tried + 1)
+    return counts
+
+
 def _draw(result: Result, path: Path) -> None:
-    """Length across, depth down, green where the number was found and red where not; equal cells are averaged."""
+    """Length across, depth down, green where all were found and red where none; found/tried where there were several."""
     from matplotlib.figure import Figure
 
-    lengths, depths = sorted({row.length for row in result.rows}), sorted({row.depth for row in result.rows if row.depth is not None})
-    found = [[_share(result, length, depth) for length in lengths] for depth in depths]
+    counts = cells(result)
+    lengths, depths = sorted({length for length, _ in counts}), sorted({depth for _, depth in counts})
     figure = Figure(figsize=(2 + 0.9 * len(lengths), 2 + 0.4 * len(depths)), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(found, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    shares = [[counts[length, depth][0] / counts[length, depth][1] for length in lengths] for depth in depths]
+    axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.3g}" for depth in depths])
+    if any(tried > 1 for _, tried in counts.values()):
+        for (length, depth), (found, tried) in counts.items():
+            axes.text(lengths.index(length), depths.index(depth), f"{found}/{tried}", ha="center", va="center")
     axes.set(xlabel="tokens", ylabel="depth", title=f"needles found: {result.accuracy:.0%}")
     figure.savefig(path, dpi=150)
-
-
-def _share(result: Result, length: int, depth: float) -> float:
-    cell = [bool(row.correct) for row in result.rows if (row.length, row.depth) == (length, depth)]
-    return sum(cell) / len(cell)
