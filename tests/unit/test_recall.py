@@ -17,6 +17,7 @@ from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
 from ringctx.methods.rotary import Rotary
 from ringctx.runtime import recall
+from ringctx.runtime.answer import Listener
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.engine import Engine
 from ringctx.runtime.recall import DISTANCE, Asking, chosen, ends, heads_of
