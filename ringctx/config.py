@@ -312,7 +312,7 @@ class ServerConfig:
     documents: int = 16
     """Documents that are kept."""
     document_tokens: int = 1_000_000
-    """Tokens of all of them together."""
+    """Tokens of all of them together, and of a prompt without one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

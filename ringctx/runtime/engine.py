@@ -227,7 +227,7 @@ class Engine:
     @contextmanager
     def _going_on(self, reading: Reading, rest: list[int], new: Reading | None) -> Iterator[tuple[KVCache, list[int]]]:
         """The cache that the rest of the prompt goes on from, and what is read then: all that was read, or what the rest recalls of it."""
-        if self.config.cache.recall.blocks:
+        if self.config.cache.recall.blocks and reading.tokens:
             with self.context.recalling():
                 yield recall(self.config.cache, self.model, self.context, reading.cache, reading.tokens, rest)
             return

@@ -39,6 +39,7 @@ class Served:
     engine: FakeEngine
     server: Server
     desk: Desk
+    host: Host
 
     def chat(self, text: str, **fields: Any) -> Any:
         body = {"model": "fake", "messages": [{"role": "user", "content": text}]} | fields
@@ -65,10 +66,11 @@ def serving(token: str | None = None) -> Iterator[Served]:
     config, engine = parse(SETTINGS), FakeEngine()
     desk = Desk(config.server.queue)
     server = Server(config, desk, token)
-    ring = threading.Thread(target=Host(engine, config.server).lead, args=(desk,))
+    host = Host(engine, config.server)
+    ring = threading.Thread(target=host.lead, args=(desk,))
     ring.start()
     with TestClient(server.app()) as client:
-        yield Served(client, engine, server, desk)
+        yield Served(client, engine, server, desk, host)
         desk.stop()
         ring.join(timeout=10)
     assert not ring.is_alive()
@@ -224,7 +226,17 @@ def test_what_cannot_be_answered_is_400_with_a_sentence_and_others_go_on(served,
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[1]", b'{"a": NaN}', b"\xff", b"[" * 1_900, b'{"model": "fake", "prompt": "a", "seed": ' + b"9" * 1_900]
+    "body",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b'{"a": NaN}',
+        b"\xff",
+        b"[" * 1_900,
+        b'{"model": "fake", "prompt": "\\ud800"}',
+        b'{"model": "fake", "prompt": "a", "seed": ' + b"9" * 1_900,
+    ],
 )
 def test_what_is_no_json_is_400(served, body):
     assert served.client.post("/v1/completions", content=body).status_code == 400
@@ -239,6 +251,12 @@ def test_prompts_that_cannot_be_right_are_400(served, prompt):
 def test_neutral_values_and_null_are_taken(served):
     neutral = {"frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"}, "stop": None}
     assert served.chat("x", **neutral).status_code == 200
+
+
+def test_a_prompt_of_too_many_tokens_is_413(served):
+    assert served.chat("x" * 97).status_code == 200
+    reply = served.chat("x" * 98)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "prompt_too_large")
 
 
 def test_a_question_longer_than_the_room_after_a_document_is_refused(served):
@@ -292,7 +310,13 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(served):
 
 async def leave(served: Served, text: str, *, stream: bool, after: Any) -> None:
     """A client that asks and closes its connection when `after` is true."""
-    body = json.dumps({"model": "fake", "messages": [{"role": "user", "content": text}], "stream": stream}).encode()
+    body = {"model": "fake", "messages": [{"role": "user", "content": text}], "stream": stream}
+    await close(served, "/v1/chat/completions", body, after)
+
+
+async def close(served: Served, path: str, fields: dict[str, Any], after: Any) -> None:
+    """A client that posts and closes its connection when `after` is true."""
+    body = json.dumps(fields).encode()
     sent = False
 
     async def receive() -> dict[str, Any]:
@@ -310,7 +334,7 @@ async def leave(served: Served, text: str, *, stream: bool, after: Any) -> None:
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/v1/chat/completions",
+        "path": path,
         "query_string": b"",
         "headers": [],
         "asgi": {"spec_version": "2.3"},
@@ -332,6 +356,13 @@ def test_a_client_that_leaves_the_queue_frees_its_place_and_is_never_asked(serve
     served.engine.go.set()
     thread.join(timeout=10)
     assert replies[0].status_code == 200 and served.engine.asked == ["uwait first\na"]
+
+
+def test_a_document_that_was_read_for_nobody_is_not_kept(served):
+    asyncio.run(close(served, "/v1/documents", {"text": "wait"}, lambda: served.desk.is_working))
+    served.engine.go.set()
+    until(lambda: served.engine.documents and not served.desk.num_waiting and not served.desk.is_working)
+    assert not served.server.documents and not served.host.readings and not served.host.openings
 
 
 def test_a_server_that_stops_tells_those_who_wait(served):

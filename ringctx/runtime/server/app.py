@@ -7,7 +7,7 @@ import hmac
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,10 +138,14 @@ class Server:
         if len(self.documents) + self.num_reading >= most:
             raise Refusal(413, "too_many_documents", f"There are {most} documents already, as many as are kept; delete one first.")
         self.num_reading += 1
+        document = f"doc-{uuid.uuid4().hex}"
         try:
-            document = f"doc-{uuid.uuid4().hex}"
             async with self._job(request, Read(document, text)) as job:
                 done = await self._end(job)
+        except BaseException:
+            with suppress(Refusal):  # it may have been read to its end nevertheless
+                self.desk.put(Job(Forget(document)))
+            raise
         finally:
             self.num_reading -= 1
         said = {"id": document, "object": "document", "created": int(time.time()), "tokens": done.num_tokens, "characters": len(text)}

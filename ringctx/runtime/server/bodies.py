@@ -74,6 +74,7 @@ def parse(data: bytes) -> Fields:
     """The JSON object of a body. Raises Refusal if it is none."""
     try:
         value = json.loads(data, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but no text that a tokenizer takes
     except (ValueError, RecursionError) as error:
         raise malformed(f"The body is not JSON: {error}.", code="invalid_json") from None
     if not isinstance(value, dict):

@@ -150,6 +150,11 @@ class Host:
         prompt, generation = self._prompt(work), asdict(work.generation)
         if not prompt:
             raise malformed("The prompt has no tokens.")
+        if work.document is None and len(prompt) > self.config.document_tokens:
+            most = self.config.document_tokens
+            raise Refusal(
+                413, "prompt_too_large", f"The prompt has {len(prompt)} tokens; at most {most} are taken (server.document_tokens)."
+            )
         if work.document is not None and len(prompt) + work.generation.max_new_tokens > self.readings[work.document].length:
             room = self.readings[work.document].length - len(self.readings[work.document].tokens)
             raise malformed(
