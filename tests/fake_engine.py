@@ -45,7 +45,8 @@ def said(prompt: str) -> str:
 
 @dataclass
 class FakeEngine:
-    """documents: every one that was read. asked, abandoned: prompts. A prompt with "wait" in it waits until `go` is set."""
+    """documents: every one that was read. asked, abandoned: prompts. A prompt with "wait" in it waits until `go` is set;
+    with "second" too, its first token comes before."""
 
     ring: Ring = field(default_factory=Ring.alone)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -78,7 +79,7 @@ class FakeEngine:
             raise Unsupported("The engine does not take this.")
         stream, tokens = Stream(self.tokenizer, listener.text, generation.stop), []
         for token in [*said(text).encode(), END][: generation.max_new_tokens]:
-            while "wait" in text and not self.go.wait(0.005):
+            while "wait" in text and (tokens or "second" not in text) and not self.go.wait(0.005):
                 if listener.is_gone():
                     self.abandoned.append(text)
                     raise Abandoned

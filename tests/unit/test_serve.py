@@ -308,14 +308,14 @@ def test_a_full_queue_is_429_and_says_when_to_come_again(served):
     assert served.engine.asked == [f"uwait {n}\na" for n in range(3)]
 
 
-async def leave(served: Served, text: str, *, stream: bool, after: Any) -> None:
+async def leave(served: Served, text: str, *, stream: bool, after: Any, heard: list[str]) -> None:
     """A client that asks and closes its connection when `after` is true."""
     body = {"model": "fake", "messages": [{"role": "user", "content": text}], "stream": stream}
-    await close(served, "/v1/chat/completions", body, after)
+    await close(served, "/v1/chat/completions", body, after, heard)
 
 
-async def close(served: Served, path: str, fields: dict[str, Any], after: Any) -> None:
-    """A client that posts and closes its connection when `after` is true."""
+async def close(served: Served, path: str, fields: dict[str, Any], after: Any, heard: list[str]) -> None:
+    """A client that posts and closes its connection when `after` is true. heard: becomes what it was sent."""
     body = json.dumps(fields).encode()
     sent = False
 
@@ -329,7 +329,7 @@ async def close(served: Served, path: str, fields: dict[str, Any], after: Any) -
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        pass
+        heard.append(message["type"])
 
     scope = {
         "type": "http",
@@ -344,14 +344,21 @@ async def close(served: Served, path: str, fields: dict[str, Any], after: Any) -
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_leaves_ends_its_answer(served, stream):
-    asyncio.run(leave(served, "wait", stream=stream, after=lambda: served.desk.is_working))
+    asyncio.run(leave(served, "wait", stream=stream, after=lambda: served.desk.is_working, heard=[]))
     until(lambda: served.engine.abandoned == ["uwait\na"])
+    assert served.chat("next").status_code == 200
+
+
+def test_a_client_that_leaves_in_mid_stream_ends_its_answer(served):
+    heard: list[str] = []
+    asyncio.run(leave(served, "wait second", stream=True, after=lambda: "http.response.body" in heard, heard=heard))
+    until(lambda: served.engine.abandoned == ["uwait second\na"])
     assert served.chat("next").status_code == 200
 
 
 def test_a_client_that_leaves_the_queue_frees_its_place_and_is_never_asked(served):
     thread, replies = served.background("wait first")
-    asyncio.run(leave(served, "wait second", stream=False, after=lambda: served.desk.num_waiting == 1))
+    asyncio.run(leave(served, "wait, another", stream=False, after=lambda: served.desk.num_waiting == 1, heard=[]))
     assert served.desk.num_waiting == 0
     served.engine.go.set()
     thread.join(timeout=10)
@@ -359,7 +366,7 @@ def test_a_client_that_leaves_the_queue_frees_its_place_and_is_never_asked(serve
 
 
 def test_a_document_that_was_read_for_nobody_is_not_kept(served):
-    asyncio.run(close(served, "/v1/documents", {"text": "wait"}, lambda: served.desk.is_working))
+    asyncio.run(close(served, "/v1/documents", {"text": "wait"}, lambda: served.desk.is_working, []))
     served.engine.go.set()
     until(lambda: served.engine.documents and not served.desk.num_waiting and not served.desk.is_working)
     assert not served.server.documents and not served.host.readings and not served.host.openings

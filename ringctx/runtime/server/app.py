@@ -104,7 +104,7 @@ class Server:
     async def _end(self, job: Job) -> Done:
         """How the job ended, pieces left out. Raises the Refusal if it was one."""
         while isinstance(now := await job.events.get(), Text):
-            pass
+            self._desk.leave(self._job)
         if isinstance(now, Refusal):
             raise now
         self.metrics.answered(now, time.monotonic() - job.arrived)
@@ -112,14 +112,13 @@ class Server:
 
     @asynccontextmanager
     async def _job(self, request: Request, work: Ask | Read | Forget) -> AsyncIterator[Job]:
-        """A job on the desk. If the client leaves while the body runs, the job is left, and ends with a refusal that nobody reads."""
+        """A job on the desk. If the client leaves while the body runs, the job ends with a refusal that nobody reads, and is left."""
         job = Job(work)
         self.desk.put(job)
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
-            self.desk.leave(job)
             job.events.put_nowait(Refusal(499, "client_left", "The client closed its connection."))
 
         watching = asyncio.create_task(watch())
