@@ -7,8 +7,6 @@ not here: the launcher owns it.
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +14,28 @@ from typing import Literal
 
 import yaml
 
+from ringctx.config_attention import AttentionConfig, BranchesConfig, PositionsConfig, SelectConfig
+from ringctx.config_cache import CacheConfig, EvictConfig, RecallConfig
 from ringctx.errors import ConfigError
 from ringctx.strict import StrictLoader, build, kind_of, override
+
+__all__ = [
+    "AttentionConfig",
+    "BranchesConfig",
+    "CacheConfig",
+    "Config",
+    "EvictConfig",
+    "GenerationConfig",
+    "LayoutConfig",
+    "ModelConfig",
+    "PositionsConfig",
+    "RecallConfig",
+    "RingConfig",
+    "SelectConfig",
+    "dump",
+    "load",
+    "parse",
+]
 
 LEAST_SHARED = 16
 """Tokens of a page below which int8 keys would not be much smaller than bf16: a page's step and zero point are 8 bytes a channel."""
@@ -57,216 +75,6 @@ class LayoutConfig:
     """zigzag balances causal work; contiguous keeps windows local; striped deals tokens one by one."""
     chunk: int | None = None
     """Tokens that go through the model at once, on all ranks together; bounds the memory of reading. null for the whole prompt."""
-
-
-_POSITIONS = {
-    "none": (), "pi": ("factor",), "ntk": ("factor",), "dynamic_ntk": ("factor",),
-    "yarn": ("factor", "beta_fast", "beta_slow"), "longrope": ("factor", "short", "long"),
-}  # fmt: skip
-"""The keys that each kind of attention.positions takes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PositionsConfig:
-    """How rotary frequencies are rescaled for more tokens than the model was trained on."""
-
-    kind: Literal["none", "pi", "ntk", "dynamic_ntk", "yarn", "longrope"] = "none"
-    """none leaves the model's own; yarn is the usual choice without fine-tuning; the equations are in ringctx/methods/extend.py."""
-    factor: float | None = None
-    """How many times the trained length is to be served; dynamic_ntk stretches by the prompt and answer's length, faster with a factor."""
-    beta_fast: float = 32.0
-    """yarn: pairs of dims that turn so often within the trained length, or more often, are left alone."""
-    beta_slow: float = 1.0
-    """yarn: pairs of dims that turn so often, or less often, are interpolated."""
-    short: tuple[float, ...] = ()
-    """longrope: what each pair's frequency is divided by up to the trained length."""
-    long: tuple[float, ...] = ()
-    """longrope: what each pair's frequency is divided by beyond it."""
-
-    def __post_init__(self) -> None:
-        for key in dataclasses.fields(self):
-            if key.name not in ("kind", *_POSITIONS[self.kind]) and getattr(self, key.name) != key.default:
-                others = ", ".join(kind for kind, keys in _POSITIONS.items() if key.name in keys)
-                raise ConfigError(
-                    f"attention.positions.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
-                )
-        if self.kind != "none" and (self.factor is None or not 1 <= self.factor < math.inf):
-            given = "missing" if self.factor is None else self.factor
-            raise ConfigError(f"attention.positions.factor is {given}; {self.kind} needs at least 1, such as 4 for four times the length.")
-        if not 0 < self.beta_slow < self.beta_fast < math.inf:
-            raise ConfigError(
-                f"attention.positions.beta_slow is {self.beta_slow} and beta_fast is {self.beta_fast}; 0 < beta_slow < beta_fast."
-            )
-        if self.kind == "longrope" and not (self.short and self.long):
-            raise ConfigError("longrope needs attention.positions.short and .long, each a list of one number a pair of rotated dims.")
-
-
-_BRANCHES = {
-    "none": (), "rerope": ("window",), "leaky_rerope": ("window", "factor"), "self_extend": ("window", "group"),
-    "lm_infinite": ("window", "sinks", "length"), "streaming": ("window", "sinks"), "dual_chunk": ("chunk", "length"),
-}  # fmt: skip
-"""The keys that each kind of attention.branches takes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BranchesConfig:
-    """Distances between tokens other than how far apart they are, for sequences longer than the model was trained on."""
-
-    kind: Literal["none", "rerope", "leaky_rerope", "self_extend", "lm_infinite", "streaming", "dual_chunk"] = "none"
-    """none leaves distances alone; dual_chunk and self_extend see everything, lm_infinite and streaming sinks and a window alone;
-    the equations are in ringctx/methods/branches.py."""
-    window: int | None = None
-    """Latest keys, the token itself included, whose distances stay what they are. dual_chunk has chunks instead."""
-    factor: float | None = None
-    """leaky_rerope: how many times slower distances grow beyond the window."""
-    group: int | None = None
-    """self_extend: tokens that share a position beyond the window."""
-    sinks: int | None = None
-    """lm_infinite, streaming: first tokens of the sequence that all see in spite of the window."""
-    chunk: int | None = None
-    """dual_chunk: tokens a chunk; shorter than `length`, such as 3/4 of it."""
-    length: int | None = None
-    """dual_chunk, lm_infinite: the trained length; null for the model's own (dual_chunk) or the window (lm_infinite)."""
-
-    def __post_init__(self) -> None:
-        for key in dataclasses.fields(self)[1:]:
-            value, is_taken = getattr(self, key.name), key.name in _BRANCHES[self.kind]
-            if value is not None and not is_taken:
-                others = ", ".join(kind for kind, keys in _BRANCHES.items() if key.name in keys)
-                raise ConfigError(
-                    f"attention.branches.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
-                )
-            if value is None and is_taken and key.name != "length":
-                raise ConfigError(f"attention.branches.{key.name} is missing; {self.kind} needs it: a number of 1 or more.")
-            if value is not None and not 1 <= value < math.inf:
-                raise ConfigError(f"attention.branches.{key.name} is {value}; it must be at least 1.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionConfig:
-    """What is attended, on top of the model's own (causal) attention."""
-
-    window: int | None = None
-    """Keys that a token sees, itself included; null for all before it."""
-    sinks: int = 0
-    """First tokens of the sequence that all see in spite of the window."""
-    positions: PositionsConfig = field(default_factory=PositionsConfig)
-    """How the model reads on past its trained length: by other frequencies."""
-    branches: BranchesConfig = field(default_factory=BranchesConfig)
-    """How the model reads on past its trained length: by other distances. window and sinks above narrow what branches see."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RecallConfig:
-    """Answering from the few blocks of a long text that a question asks for; ringctx/runtime/recall.py says how they are found."""
-
-    blocks: int = 0
-    """Blocks that a question is answered from, beside the text's first and last tokens; 0 answers from the whole cache."""
-    block: int = 64
-    """Tokens of a block."""
-    margin: int = 16
-    """Tokens on either side that come along with a block, because what is asked for may lie across its border."""
-    sinks: int = 64
-    """First tokens of the text that every question sees."""
-    recent: int = 256
-    """Last tokens of the text that every question sees."""
-    reread: bool = True
-    """Read the blocks anew, one after the other, as a short text; false takes their keys and values as they were when all was read."""
-    heads: tuple[tuple[int, ...], ...] = ()
-    """Heads whose attention finds the blocks, each [layer, query head]; empty for all, which is slower and finds less."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("blocks", 0), ("block", 1), ("margin", 0), ("sinks", 1), ("recent", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"cache.recall.{name} is {getattr(self, name)}; it must be at least {least}.")
-        for head in self.heads:
-            if len(head) != 2:
-                raise ConfigError(f"cache.recall.heads holds {list(head)}; each head is written [layer, query head].")
-
-
-_EVICT = {
-    "none": (), "streaming": ("sinks", "recent"), "duo": ("sinks", "recent", "streaming"), "h2o": ("heavy", "recent"),
-    "snapkv": ("keys", "window", "kernel", "pooling"), "pyramidkv": ("keys", "window", "kernel", "pooling", "beta"),
-}  # fmt: skip
-"""The keys that each kind of cache.evict takes, besides each_chunk."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvictConfig:
-    """Which keys are dropped, so that a fixed number is left; counts are for each key head, on all ranks together."""
-
-    kind: Literal["none", "streaming", "duo", "h2o", "snapkv", "pyramidkv"] = "none"
-    """none keeps all; the others are in ringctx/methods/eviction. All but snapkv and pyramidkv also drop after each token."""
-    each_chunk: bool = False
-    """Drop after each chunk (layout.chunk) too: later chunks see what is left, and the memory of reading is bounded."""
-    sinks: int = 4
-    """streaming, duo: first tokens of the sequence that are kept."""
-    recent: int = 1024
-    """streaming, duo: latest keys that a query sees, itself included. h2o: latest keys that are kept."""
-    heavy: int = 1024
-    """h2o: keys kept besides, those that were given most."""
-    keys: int = 2048
-    """snapkv: keys that are kept, the window's included. pyramidkv: on average over layers."""
-    window: int = 32
-    """snapkv, pyramidkv: the last queries of what was read, which vote for keys."""
-    kernel: int = 5
-    """snapkv, pyramidkv: neighbours whose votes are pooled, an odd number."""
-    pooling: Literal["avg", "max"] = "avg"
-    """snapkv, pyramidkv: how."""
-    beta: int = 20
-    """pyramidkv: the last layer keeps keys / beta."""
-    streaming: tuple[str, ...] = ()
-    """duo: the key heads that keep sinks and recent keys alone, written layer.head: ["0.1", "3.0"]; the others keep all."""
-
-    def __post_init__(self) -> None:
-        for key in dataclasses.fields(self):
-            if (
-                key.name not in ("kind", *_EVICT[self.kind], *["each_chunk"] * (self.kind != "none"))
-                and getattr(self, key.name) != key.default
-            ):
-                others = ", ".join(kind for kind, keys in _EVICT.items() if key.name in keys) or "one that evicts"
-                raise ConfigError(f"cache.evict.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}.")
-        for name, least in (
-            ("sinks", 0),
-            ("recent", 0 if self.kind == "h2o" else 1),
-            ("heavy", 0),
-            ("window", 1),
-            ("kernel", 1),
-            ("beta", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"cache.evict.{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.kind == "h2o" and not self.heavy + self.recent:
-            raise ConfigError("cache.evict keeps no key at all: heavy and recent are 0; keep at least 1.")
-        if self.keys <= self.window:
-            raise ConfigError(f"cache.evict.keys is {self.keys}, the window's {self.window} included; keep more than the window.")
-        if self.kernel % 2 == 0:
-            raise ConfigError(f"cache.evict.kernel is {self.kernel}; it must be odd, so that neighbours lie evenly.")
-        wrong = [name for name in self.streaming if not re.fullmatch(r"\d+\.\d+", name)]
-        if wrong or (self.kind == "duo" and not self.streaming):
-            raise ConfigError(f"cache.evict.streaming needs key heads written layer.head, such as '0.1'; got {wrong or 'none'}.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheConfig:
-    """How keys are kept for decoding."""
-
-    page: int = 64
-    """Tokens a page: memory grows by it, and a new page goes to the next rank."""
-    keep_rotated: bool = True
-    """Hold a rotated copy of the keys: faster decoding for half as much memory again. Only with storage: model."""
-    storage: Literal["model", "bf16", "int8", "int4", "auto"] = "model"
-    """How keys and values are held: as the model computes them, rounded, or quantised; auto: the first that fits memory_gib."""
-    spill: str | None = None
-    """A folder on a disk: keys and values lie in files there, gone when the run ends. With auto, only if nothing fits, in int8."""
-    memory_gib: float | None = None
-    """GiB that auto may fill with keys and values on each rank."""
-    recall: RecallConfig = field(default_factory=RecallConfig)
-    """Blocks of the text that a question is answered from, in the place of all of it."""
-    save_every: int = 65536
-    """With --save: tokens read from one save to the next, rounded up to whole chunks; the end of the prompt is always saved."""
-    evict: EvictConfig = field(default_factory=EvictConfig)
-    """Which keys are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

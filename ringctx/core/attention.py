@@ -57,6 +57,7 @@ class Attention:
     branches: disjoint patterns with an encoding each, in the place of `encoding`; `pattern` narrows them all, and a key that it
     allows but no branch does is not seen.
     scores: elementwise ones (a softcap) first, then additive ones.  sink: Tensor (h,), one more logit per head without a value.
+    select: a Selector, which narrows the pattern to what its encoded queries and keys make worth attending to; inference alone.
     dropout: probability of dropping each weight.  scale: of the logits; 1/sqrt(d) when None.
     Raises ConfigError when the order of scores or the dropout cannot be right, Unsupported for what is not built yet.
     """
@@ -73,7 +74,7 @@ class Attention:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("carry", "select"):
+        for name in ("carry",):
             if getattr(self, name):
                 raise Unsupported(f"Attention({name}=...) is not built yet; leave it out.")
         if self.normaliser != "softmax":
@@ -83,6 +84,12 @@ class Attention:
         if not isinstance(self.pattern, Pattern):
             raise ConfigError(f"pattern must be a Pattern, such as ringctx.patterns.causal(); got {type(self.pattern).__name__}.")
         self._check_branches()
+        if self.select is not None and not hasattr(self.select, "select"):
+            raise ConfigError(f"select must be a Selector, such as those of ringctx.methods.selectors; got {self.select!r}.")
+        if self.select is not None and self.branches:
+            raise Unsupported(
+                "A selector compares encoded keys, and each branch encodes them otherwise; give select or branches, not both."
+            )
         kinds = [_kind(score) for score in self.scores]
         if kinds != sorted(kinds, reverse=True):
             raise ConfigError("Scores run in the order elementwise (softcap), then additive (ALiBi, bias); list them so.")
@@ -142,12 +149,15 @@ class Attention:
         scores = ", ".join(map(described, self.scores))
         sink = None if self.sink is None else tuple(self.sink.shape)
         branches = ", ".join(f"{b.pattern!r} by {_content(b.encoding)}" for b in self.branches)
-        return f"{self.pattern!r}, branches ({branches}), scores {scores}, sink {sink}, dropout {self.dropout!r}, scale {self.scale!r}"
+        select = None if self.select is None else described(self.select)
+        parts = f"{self.pattern!r}, branches ({branches}), scores {scores}, sink {sink}, select {select}"
+        return f"{parts}, dropout {self.dropout!r}, scale {self.scale!r}"
 
     def __str__(self) -> str:
         says = lambda s: str(s) if _prints(s, "__str__") else described(s)
         branches = [f"branches ({'; '.join(map(str, self.branches))})"] if self.branches else []
         parts = [str(self.pattern), *branches, *map(says, self.scores)]
+        parts += [] if self.select is None else [f"select {self.select}"]
         parts += ["sink"] * (self.sink is not None) + [f"dropout {self.dropout}"] * (self.dropout > 0)
         parts += [f"scale {self.scale}"] * (self.scale is not None)
         return ", ".join(parts)
@@ -162,11 +172,11 @@ def _kind(score: object) -> str:
 
 
 def _has_params(score: Any) -> bool:
-    return _kind(score) == "additive" and bool(score.params())
+    return isinstance(score, AdditiveScore) and bool(score.params())
 
 
 def described(score: Any) -> str:
-    """A score in words that are the same in every process: content where it prints it, shapes where it holds tensors."""
+    """A score or selector in words that are the same in every process: content where it prints it, shapes where it holds tensors."""
     if _has_params(score):
         shapes = ", ".join(f"{tuple(p.shape)} {p.dtype}" for p in score.params())
         return f"{type(score).__qualname__}({shapes})"

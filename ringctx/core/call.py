@@ -21,9 +21,10 @@ from ringctx.core.header import Facts, agree
 from ringctx.core.heads import HeadGroupExchange, Trade, Traded, make_trade, shares
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
-from ringctx.core.plan import Plan, make_plan
+from ringctx.core.plan import Plan, make_plan, wanted
 from ringctx.core.ring import Ring
 from ringctx.core.sums import Sum
+from ringctx.core.tiles import forget_tiles
 from ringctx.errors import ConfigError, LayoutError, RingctxError
 from ringctx.kernels.base import accumulation_dtype
 
@@ -172,6 +173,13 @@ class Call:
 @lru_cache(maxsize=1024)
 def _digest(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+def forget_plans() -> None:
+    """Empty the caches of everything that is planned by pattern: for patterns that are used once."""
+    forget_tiles()
+    for cached in (choose, make_plan, wanted, pass_q.make_query_plan, _digest):
+        cached.cache_clear()
 
 
 def _route(ring: Ring, layout: Layout, key_layout: Layout, attention: Attention, transport: str, shape: Shape) -> Route:

@@ -20,6 +20,7 @@ from ringctx.core.layout import Layout, Ranges
 from ringctx.core.partial import Partial
 from ringctx.core.pattern import FULL, Full
 from ringctx.core.ring import Ring
+from ringctx.core.select import narrowed, select_problem, sight_of
 from ringctx.core.tiles import Tile
 from ringctx.core.tiles import tiles as tiles_of
 from ringctx.core.visiting import attend_here, check, empty, encoded, whole
@@ -63,6 +64,8 @@ def decode_with_lse(
     if attention.encoding is not None:
         q = attention.encoding.queries(q, queries.indices(0, q.device))
         k = attention.encoding.keys(k, key_layout.indices(ring.rank, k.device))
+    if attention.select is not None:
+        attention = narrowed(q, k, sight_of(ring, queries, key_layout, attention, k.shape[3], decoding=True), attention)
     with torch.no_grad(), ring.unbroken():
         groups = head_groups(attention, q.shape[2], k.shape[2])
         work = Work(attention, groups, [p.detach() for p in attention.params()], "auto", 0, 0)
@@ -99,7 +102,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, key_layout: Layout, ring: Ring, at
         return LayoutError(f"k and v have {have[0]} and {have[1]} tokens, but the layout gives rank {ring.rank} {want}.")
     if q.shape[1] > key_layout.length:
         return LayoutError(f"q has {q.shape[1]} tokens, but the key layout ends at {key_layout.length}; append the new tokens to it first.")
-    return None
+    return select_problem(attention, q, key_layout.length, train=False)
 
 
 def _attend(work: Work, totals: list[Partial], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,11 +48,15 @@ def agree(ring: Ring, facts: Facts, problem: RingctxError | None = None) -> None
     raise RanksDisagree(sentence(notes))
 
 
-def share(ring: Ring, mine: Tensor, kind: str) -> list[Tensor]:
-    """Every rank's tensor of one shape, in rank order; straight from each to each. kind: as the traffic counters call it."""
+def share(ring: Ring, mine: Tensor, kind: str, rows: Sequence[int] | None = None) -> list[Tensor]:
+    """Every rank's tensor, in rank order; straight from each to each. kind: as the traffic counters call it.
+
+    rows: the length of each rank's tensor where these differ; else all have the shape of `mine`.
+    """
     device = torch.device("cuda") if ring.group is not None and not _is_gloo(ring) else mine.device
-    mine = mine.to(device)
-    tensors = [mine if r == ring.rank else torch.empty_like(mine) for r in range(ring.size)]
+    mine = mine.to(device).contiguous()
+    lengths = [len(mine)] * ring.size if rows is None else rows
+    tensors = [mine if r == ring.rank else mine.new_empty(n, *mine.shape[1:]) for r, n in enumerate(lengths)]
     others = [(ring.rank + n) % ring.size for n in range(1, ring.size)]
     receive = [Message(r, (tensors[r],)) for r in others]
     ring.exchange(kind, f"the {kind}", receive, [Message(r, (mine,)) for r in others]).wait()

@@ -19,7 +19,7 @@ from ringctx.core.rules import at_least, some
 from ringctx.errors import ConfigError, LayoutError
 
 
-def _hash_once(self: Any) -> int:
+def hash_once(self: Any) -> int:
     """A hash for patterns with much content, taken the first time only."""
     if "_hash" not in self.__dict__:
         self.__dict__["_hash"] = hash(tuple(getattr(self, field.name) for field in fields(self)))
@@ -71,7 +71,7 @@ class Documents(Pattern):
 
     length: int
     rows: tuple[Runs, ...]
-    __hash__ = _hash_once
+    __hash__ = hash_once
 
     @classmethod
     def from_borders(cls, borders: Tensor) -> Documents:
@@ -123,7 +123,7 @@ class Blocks(Pattern):
     masks: tuple[tuple[int, ...], ...]
     columns: int
     size: tuple[int, int]
-    __hash__ = _hash_once
+    __hash__ = hash_once
 
     @classmethod
     def of(cls, tiles: Tensor, size: int | tuple[int, int]) -> Blocks:
@@ -191,6 +191,10 @@ class Blocks(Pattern):
     def _covers(self, q: range | Tensor, k: range | Tensor) -> None:
         _within(self, len(self.masks[0]) * self.size[0], q)
         _within(self, self.columns * self.size[1], k)
+
+    def __repr__(self) -> str:
+        rows = "; ".join(" ".join(f"{bits:x}" for bits in mask) for mask in self.masks)  # decimals of long rows are refused by Python
+        return f"Blocks(masks={rows}, columns={self.columns}, size={self.size})"
 
     def __str__(self) -> str:
         heads = f"{len(self.masks)} heads, " if len(self.masks) > 1 else ""

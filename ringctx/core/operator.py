@@ -41,6 +41,13 @@ def number_of(
     return int(ring.kept[key][0])
 
 
+def forget(ring: Ring, number: int) -> None:
+    """Drop a call and all that was planned: the pattern of a selection never comes again, and its plan is long."""
+    for key in [key for key, (kept, _) in ring.kept.items() if kept == number]:
+        del ring.kept[key]
+    calls.forget_plans()
+
+
 @torch.library.custom_op("ringctx::attention", mutates_args=())
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], call: int, seed: int, batch_offset: int

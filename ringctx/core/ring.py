@@ -28,7 +28,7 @@ GRADS_TAG = 2**30
 
 @dataclass
 class Traffic:
-    """Bytes and messages that this rank sent and received, by kind: keys, grads, heads, queries, partials, scores, header."""
+    """Bytes and messages that this rank sent and received, by kind: keys, grads, heads, queries, partials, scores, selection, header."""
 
     sent: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)

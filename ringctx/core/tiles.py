@@ -165,6 +165,12 @@ def needs(patterns: tuple[Pattern, ...], q: Ranges, k: Ranges) -> Spans:
     return spans_of(needed)
 
 
+def forget_tiles() -> None:
+    """Empty the caches of tiles and needs."""
+    _tiles.cache_clear()
+    needs.cache_clear()
+
+
 def spans_of(needed: torch.Tensor) -> Spans:
     """The runs of True in a bool tensor (n,)."""
     padded = torch.nn.functional.pad(needed.to(torch.int8), (1, 1))

@@ -23,6 +23,7 @@ from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
 from ringctx.core.plan import wanted
 from ringctx.core.ring import Ring
+from ringctx.core.select import Selector, Sight
 from ringctx.core.tiles import Spans
 from ringctx.core.visiting import attend_explicit
 from ringctx.errors import ConfigError, LayoutError
@@ -71,10 +72,11 @@ class Context:
     layout: where this call's tokens live; None while the ring is alone and the caller did not say, or during decode.
     after_layer: called with the layer's number when its attention is done (progress).
     asked: called with each layer's number, queries (b s h d) before rotation, key heads and attention, before it is computed.
-    recalled: the cache holds just what is to be seen, so each layer's asked pattern gives way to the model's own.
+    recalled: the cache holds just what is to be seen, so what was asked for long texts (window, branches, selection) gives way.
     last_layer: this layer's keys are the last that are wanted: once they are cached, `KeysCached` ends the model's forward.
     evictor: drops keys of the cache, layer by layer, or None.
-    patterns: who saw whom in each layer's latest attention, the model's own windows included.
+    patterns: who saw whom in each layer's latest attention, the model's own windows included, and what a selector chose.
+    chunks: the same for every chunk of the sequence that was prefilled last, each with its layout.
     """
 
     ring: Ring
@@ -89,6 +91,7 @@ class Context:
     last_layer: int | None = None
     evictor: Evictor | None = None
     patterns: dict[int, Pattern] = field(default_factory=dict)
+    chunks: dict[int, list[tuple[Layout, Pattern]]] = field(default_factory=dict)
     seconds: float = field(default=0.0)
     """Spent inside attention, waiting for other ranks included (on CPUs; a GPU runs behind)."""
 
@@ -131,16 +134,26 @@ class Context:
         if self.asked:
             self.asked(layer, q, k.shape[2], attention)
         is_wanted = layer != self.last_layer
+        watched = Watched(attention.select) if attention.select is not None else None
+        asked = replace(attention, select=watched) if watched else attention
         attend = self._decode if self.decoding else self._whole
-        out = attend(layer, q, k, v, attention, is_wanted)
+        out = attend(layer, q, k, v, asked, is_wanted)
         self.seconds += time.perf_counter() - began
         if not self.recalled:
-            self.patterns[layer] = attention.seen
+            self._note(layer, attention.seen & watched.chosen if watched and watched.chosen else attention.seen, q.shape[1])
         if self.after_layer:
             self.after_layer(layer)
         if not is_wanted:
             raise KeysCached
         return out
+
+    def _note(self, layer: int, pattern: Pattern, num_tokens: int) -> None:
+        self.patterns[layer] = pattern
+        if not self.decoding:
+            layout, before = self._layout_of(num_tokens), self.chunks.get(layer, [])
+            first = layout.length - sum(map(layout.count, range(layout.size)))
+            goes_on = bool(before) and before[-1][0].length == first
+            self.chunks[layer] = [*(before if goes_on else []), (layout, pattern)]
 
     def _whole(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention, is_wanted: bool) -> Tensor:
         layout = self._layout_of(q.shape[1])
@@ -255,6 +268,22 @@ class Context:
                 f"but its tokens' indices are {_ends(indices)}. "
                 "Pass position_ids=layout.indices(ring.rank)[None]; packed documents need no restart, since rotation is relative."
             )
+
+
+class Watched:
+    """A selector that remembers what it chose, and passes for the one inside."""
+
+    def __init__(self, selector: Selector) -> None:
+        self.selector, self.prefill, self.decode = selector, selector.prefill, selector.decode
+        self.chosen: Pattern | None = None
+
+    def select(self, q: Tensor, k: Tensor, sight: Sight) -> Pattern:
+        """What the selector inside chooses."""
+        self.chosen = self.selector.select(q, k, sight)
+        return self.chosen
+
+    def __repr__(self) -> str:
+        return repr(self.selector)
 
 
 def _ends(numbers: Tensor) -> str:

@@ -44,10 +44,10 @@ class Still(nn.Module):
 
 
 class Layer:
-    """One layer's attention: what the model itself asks for, with what the user asked for on top."""
+    """One layer's attention: what the model itself asks for, with what the user asked for on top. own: the model's encoding here."""
 
-    def __init__(self, context: Context, index: int, asked: Attention) -> None:
-        self.context, self.index, self.asked = context, index, asked
+    def __init__(self, context: Context, index: int, asked: Attention, own: Rotary | None) -> None:
+        self.context, self.index, self.asked, self.own = context, index, asked, own
         self._made: dict[tuple[Any, ...], Attention] = {}
 
     @property
@@ -60,7 +60,7 @@ class Layer:
         recalled = self.context.recalled
         key = (scale, width, cap, id(sink), dropout, recalled)
         if key not in self._made:
-            asked = replace(self.asked, pattern=Causal()) if recalled else self.asked
+            asked = replace(self.asked, pattern=Causal(), encoding=self.own, branches=(), select=None) if recalled else self.asked
             self._made[key] = replace(
                 asked,
                 pattern=asked.pattern & window(width) if width else asked.pattern,
@@ -105,7 +105,9 @@ def wrap(
     for module in modules:
         index = int(module.layer_idx)  # type: ignore[arg-type]
         rotates = bool(getattr(module, "use_rope", True))
-        module.ringctx = Layer(context, index, rotated(asked.get(index) or plain, encoding if rotates else None))  # type: ignore[assignment]
+        module.ringctx = Layer(
+            context, index, rotated(asked.get(index) or plain, encoding if rotates else None), encoding if rotates else None
+        )  # type: ignore[assignment]
     setattr(parent, name, Still(encoding.width, context, original))
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
@@ -125,7 +127,7 @@ def turn(model: nn.Module, encoding: Rotary) -> None:
         layer = module.ringctx
         assert isinstance(layer, Layer)
         if layer.rotates:
-            module.ringctx = Layer(layer.context, layer.index, rotated(layer.asked, encoding))  # type: ignore[assignment]
+            module.ringctx = Layer(layer.context, layer.index, rotated(layer.asked, encoding), encoding)  # type: ignore[assignment]
 
 
 def unwrap(model: nn.Module) -> None:

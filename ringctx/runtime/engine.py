@@ -32,6 +32,7 @@ from ringctx.runtime.prompts import Prompts
 from ringctx.runtime.reading import QUESTION_ROOM, Reading
 from ringctx.runtime.recall import heads_of, recall
 from ringctx.runtime.sampling import Sampler
+from ringctx.runtime.selecting import selecting
 from ringctx.runtime.snapshot import Snapshot, source_of
 from ringctx.runtime.stream import Stream
 from ringctx.runtime.talk import broadcast, share
@@ -78,7 +79,8 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
         known = trained_of(model) if config.attention.positions.kind != "none" else None
-        asked = attention_of(config.attention, getattr(model.config, "max_position_embeddings", None))
+        whole = attention_of(config.attention, getattr(model.config, "max_position_embeddings", None))
+        asked = selecting(whole, config.attention.select, int(model.config.num_hidden_layers))
         context = wrap(model, ring, asked, transport=config.ring.transport, kernel=config.ring.kernel)
         engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known)
         engine.evictor = context.evictor = evictor_of(config.cache.evict, engine.num_layers, engine._shape().heads)
@@ -317,7 +319,7 @@ class Engine:
         """One chunk through the model as far as its keys, which go to the cache; what comes after the last of them is left out."""
         cache.extend(layout)
         _, inputs = self.inputs(tokens, layout)
-        whole = self.evictor is not None  # it judges keys by the last layer's attention too
+        whole = self.evictor is not None or self.config.attention.select.kind != "none"  # these judge or count the last layer's attention
         with self.context.running(layout, cache) if whole else self.context.caching(layout, cache, self.num_layers - 1):
             self.model.base_model(**inputs, use_cache=False)
 

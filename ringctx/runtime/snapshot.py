@@ -207,6 +207,7 @@ def source_of(config: Config, model: Any, prompt: list[int], length: int, storag
         "attention.positions": asdict(positions),
         "attention.branches": asdict(branches) if branches.kind != "none" else None,
         "a length in tokens of": length if of_length else None,
+        "attention.select": asdict(config.attention.select),
         "cache.storage": storage,
     }
 

@@ -72,8 +72,8 @@ WHO_SEES_WHOM = (
     Mutation(
         "mask_by_block",
         CORE + "compute.py",
-        "group.pattern.allows(*where())",
-        "group.pattern.allows(*(x // 8 * 8 for x in where()))",
+        "pattern.allows(indices_of(queries, device), indices_of(keys, device))",
+        "pattern.allows(indices_of(queries, device) // 8 * 8, indices_of(keys, device) // 8 * 8)",
         "masks are as coarse as blocks",
         exact("window"),
     ),

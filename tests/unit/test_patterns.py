@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ringctx.core.lines import Lines
 from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Causal, Pattern, Verdict
 from ringctx.core.rules import Chunks
 from ringctx.errors import ConfigError, LayoutError
@@ -87,6 +88,19 @@ COMPOSED = [
     per_head({documents(ids=tiles(2, S).long()): [0], causal() | global_tokens([3]): [2, 1]}),
     per_head({blocks(tiles(3, 3, 3), 4): [2, 0], ~per_head({full(): 0, sinks(2): [1, 2]}): [1]}),
 ]
+
+LINES = [
+    Lines((), ()),
+    Lines((0, 3, 4), ()),
+    Lines((), (0, 1, 5)),
+    Lines((2, 9, 11), (0, 2, 3, 7), 3),
+    Lines((1,), (0, 6, 40), 4),
+    Lines(tuple(range(12)), (1,), 2),
+    Lines((5,), tuple(range(12)), 5),
+    causal() & Lines((0, 7), (0, 1, 4), 2),
+    per_head({Lines((1, 2), (0,)): 0, Lines((), (0, 3), 4) & causal(): [1, 2]}),
+]
+COMPOSED += LINES
 
 SPANS = [range(a, b) for a in range(S) for b in range(a + 1, S + 1)]
 STEPPED = [range(a, last + 1, step) for step in (2, 3, 5) for a in range(S) for last in range(a + step, S, step)]
@@ -323,6 +337,12 @@ def test_documents_with_many_borders_are_judged_and_hashed_once():
     assert pattern.judge(range(500_000), range(500_000, 1_000_000)) is EMPTY
     assert pattern.judge(range(500_000, 500_010), range(500_000, 500_010)) is FULL
     assert hash(pattern) == pattern.__dict__["_hash"]
+
+
+def test_blocks_with_rows_of_many_bits_print_their_content():
+    wide = torch.zeros(1, 20_000, dtype=torch.bool)
+    wide[0, -1] = True
+    assert repr(blocks(wide, 16)) == f"Blocks(masks=8{'0' * 4999}, columns=20000, size=(16, 16))"
 
 
 REFUSALS = [

@@ -104,7 +104,7 @@ class Server:
     async def _end(self, job: Job) -> Done:
         """How the job ended, pieces left out. Raises the Refusal if it was one."""
         while isinstance(now := await job.events.get(), Text):
-            self._desk.leave(self._job)
+            pass
         if isinstance(now, Refusal):
             raise now
         self.metrics.answered(now, time.monotonic() - job.arrived)

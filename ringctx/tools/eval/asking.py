@@ -46,7 +46,7 @@ def ask(engine: Engine, planted: Planted, listener: Listener) -> Said:
         "seconds": prefill + decode,
         "prefill_seconds": prefill,
         "answer_seconds": decode,
-        "density": density(engine, longest),
+        "density": density(engine),
         "bytes": sum(rank["sent"] for rank in everyone) + sum(sum(answer.bytes.values()) for answer in answers),
         "memory": answers[-1].memory,
         "anonymous": [rank["anonymous"] for rank in everyone],

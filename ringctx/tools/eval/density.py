@@ -7,28 +7,43 @@ from functools import lru_cache
 
 import torch
 
+from ringctx.core.layout import Layout
 from ringctx.core.pattern import PARTIAL, Pattern
 from ringctx.core.tiles import area, tiles
 from ringctx.runtime.engine import Engine
 
 
-def density(engine: Engine, length: int) -> float:
-    """Pairs allowed over pairs that causal attention has, length (length + 1) / 2; the mean of all layers and heads.
+def density(engine: Engine) -> float:
+    """Pairs allowed over pairs that causal attention has, n (n + 1) / 2 for n tokens; the mean of all layers and heads.
 
-    It asks what the layers attended last, so the engine must have read something.
+    It asks what the layers attended in the prompt read last, chunk by chunk, what selectors chose included.
     """
     heads = int(engine.model.config.num_attention_heads)
-    layers = Counter(engine.context.patterns.values())
-    allowed = sum(times * len(group) * pairs(part, length) for whole, times in layers.items() for group, part in whole.heads(heads))
-    return 2 * allowed / (length * (length + 1) * heads * layers.total())
+    layers = Counter(tuple(chunks) for chunks in engine.context.chunks.values())
+    allowed = sum(
+        times * len(group) * pairs(part, layout.length, _span(layout))
+        for chunks, times in layers.items()
+        for layout, whole in chunks
+        for group, part in whole.heads(heads)
+    )
+    lengths = {chunks: chunks[-1][0].length for chunks in layers}
+    return 2 * allowed / (heads * sum(times * lengths[chunks] * (lengths[chunks] + 1) for chunks, times in layers.items()))
+
+
+def _span(layout: Layout) -> range:
+    """The indices of a chunk, which has no gaps."""
+    return range(layout.length - sum(layout.count(r) for r in range(layout.size)), layout.length)
 
 
 @lru_cache(maxsize=256)
-def pairs(pattern: Pattern, length: int) -> int:
-    """How many (query, key) pairs among the first `length` indices the pattern allows; it has no heads of its own."""
-    whole = (range(length),)
-    return sum(_masked(pattern, *tile[1:]) if tile[0] == PARTIAL else area((tile,)) for tile in tiles(pattern, whole, whole))
+def pairs(pattern: Pattern, length: int, queries: range | None = None) -> int:
+    """How many pairs of these queries (all by default) and the first `length` keys the pattern allows; it has no heads of its own."""
+    queries = range(length) if queries is None else queries
+    q, k = (queries,), (range(length),)
+    return sum(
+        _masked(pattern, queries[tile[1] : tile[2]], *tile[3:]) if tile[0] == PARTIAL else area((tile,)) for tile in tiles(pattern, q, k)
+    )
 
 
-def _masked(pattern: Pattern, a: int, b: int, c: int, d: int) -> int:
-    return int(pattern.allows(torch.arange(a, b), torch.arange(c, d)).sum())
+def _masked(pattern: Pattern, queries: range, c: int, d: int) -> int:
+    return int(pattern.allows(torch.arange(queries.start, queries.stop), torch.arange(c, d)).sum())

@@ -111,7 +111,7 @@ def _counted(engine: Engine, add_up: Callable[[], list[float]], length: int) -> 
         "seconds": seconds,
         "prefill_seconds": seconds,
         "answer_seconds": None,
-        "density": density(engine, length),
+        "density": density(engine),
         "bytes": sum(rank["sent"] for rank in everyone),
         "memory": [rank["memory"] for rank in everyone],
         "anonymous": [rank["anonymous"] for rank in everyone],

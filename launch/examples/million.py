@@ -1,0 +1,56 @@
+"""Read a text of more than a million tokens over the ring with three numbers hidden in it, then ask for each of them.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node=2 launch/examples/million.py [CHARACTERS] [KEY.SUB=VALUE ...]
+
+CHARACTERS: how much of the King James Bible to read; all of it by default. Prints a line of JSON a question.
+"""
+
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+
+from ringctx import Ring
+from ringctx.config import load
+from ringctx.runtime.answer import Listener
+from ringctx.runtime.engine import Engine
+from ringctx.tools.eval.needle import hide
+from ringctx.tools.eval.watch import anonymous
+from ringctx.tools.eval.wordings import WORDINGS
+
+HERE = Path(__file__).parent
+NEEDLES = (("plain", 0.1), ("diary", 0.5), ("notice", 0.9))
+
+characters, overrides = (int(sys.argv[1]), sys.argv[2:]) if sys.argv[1:] else (None, [])
+config = load(HERE.parent.parent / "configs" / "smollm2_million.yaml", ("generation.max_new_tokens=16", *overrides))
+text = gzip.decompress((HERE.parent / "documents" / "kjv.txt.gz").read_bytes()).decode()[:characters]
+draw = random.Random(7)
+numbers = {name: str(draw.randint(10_000, 99_999)) for name, _ in NEEDLES}
+for name, depth in reversed(NEEDLES):
+    text = hide(WORDINGS[name].needle.format(of="", number=numbers[name]), text, depth)
+
+with Ring.from_env(timeout=config.ring.timeout) as ring, anonymous() as memory:
+    engine = Engine.load(config, ring)
+    steps = 0
+
+    def layer(number: int) -> None:
+        global steps
+        steps += number == 0
+        if number == 0 and steps % 25 == 1 and ring.rank == 0:
+            print(f"chunk {steps}", file=sys.stderr, flush=True)
+
+    reading = engine.read(engine.prompts.opening(text), Listener(layer=layer))
+    read = {
+        "tokens": len(reading.tokens),
+        "seconds": reading.seconds,
+        "mapped": reading.cache.mapped_bytes,
+        "sent": dict(ring.traffic.sent),
+    }
+    for name, depth in NEEDLES:
+        wording = WORDINGS[name]
+        beginning = engine.tokenizer(wording.beginning.format(of=""), add_special_tokens=False).input_ids
+        prompt = [*reading.tokens, *engine.prompts.ending(text, wording.question.format(of="")), *beginning]
+        answer = engine.answer(reading, prompt)
+        facts = {"depth": depth, "number": numbers[name], **answer.json(), "anonymous": memory.bytes, "read": read}
+        print(f"[rank {ring.rank}] {json.dumps(facts)}", flush=True)

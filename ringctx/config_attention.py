@@ -1,0 +1,178 @@
+"""The `attention` block of a configuration: what is attended, at which positions, and which keys are selected.
+
+See `ringctx.config`, which holds the other blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ringctx.errors import ConfigError
+
+_POSITIONS = {
+    "none": (), "pi": ("factor",), "ntk": ("factor",), "dynamic_ntk": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow"), "longrope": ("factor", "short", "long"),
+}  # fmt: skip
+"""The keys that each kind of attention.positions takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionsConfig:
+    """How rotary frequencies are rescaled for more tokens than the model was trained on."""
+
+    kind: Literal["none", "pi", "ntk", "dynamic_ntk", "yarn", "longrope"] = "none"
+    """none leaves the model's own; yarn is the usual choice without fine-tuning; the equations are in ringctx/methods/extend.py."""
+    factor: float | None = None
+    """How many times the trained length is to be served; dynamic_ntk stretches by the prompt and answer's length, faster with a factor."""
+    beta_fast: float = 32.0
+    """yarn: pairs of dims that turn so often within the trained length, or more often, are left alone."""
+    beta_slow: float = 1.0
+    """yarn: pairs of dims that turn so often, or less often, are interpolated."""
+    short: tuple[float, ...] = ()
+    """longrope: what each pair's frequency is divided by up to the trained length."""
+    long: tuple[float, ...] = ()
+    """longrope: what each pair's frequency is divided by beyond it."""
+
+    def __post_init__(self) -> None:
+        for key in dataclasses.fields(self):
+            if key.name not in ("kind", *_POSITIONS[self.kind]) and getattr(self, key.name) != key.default:
+                others = ", ".join(kind for kind, keys in _POSITIONS.items() if key.name in keys)
+                raise ConfigError(
+                    f"attention.positions.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
+                )
+        if self.kind != "none" and (self.factor is None or not 1 <= self.factor < math.inf):
+            given = "missing" if self.factor is None else self.factor
+            raise ConfigError(f"attention.positions.factor is {given}; {self.kind} needs at least 1, such as 4 for four times the length.")
+        if not 0 < self.beta_slow < self.beta_fast < math.inf:
+            raise ConfigError(
+                f"attention.positions.beta_slow is {self.beta_slow} and beta_fast is {self.beta_fast}; 0 < beta_slow < beta_fast."
+            )
+        if self.kind == "longrope" and not (self.short and self.long):
+            raise ConfigError("longrope needs attention.positions.short and .long, each a list of one number a pair of rotated dims.")
+
+
+_BRANCHES = {
+    "none": (), "rerope": ("window",), "leaky_rerope": ("window", "factor"), "self_extend": ("window", "group"),
+    "lm_infinite": ("window", "sinks", "length"), "streaming": ("window", "sinks"), "dual_chunk": ("chunk", "length"),
+}  # fmt: skip
+"""The keys that each kind of attention.branches takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BranchesConfig:
+    """Distances between tokens other than how far apart they are, for sequences longer than the model was trained on."""
+
+    kind: Literal["none", "rerope", "leaky_rerope", "self_extend", "lm_infinite", "streaming", "dual_chunk"] = "none"
+    """none leaves distances alone; dual_chunk and self_extend see everything, lm_infinite and streaming sinks and a window alone;
+    the equations are in ringctx/methods/branches.py."""
+    window: int | None = None
+    """Latest keys, the token itself included, whose distances stay what they are. dual_chunk has chunks instead."""
+    factor: float | None = None
+    """leaky_rerope: how many times slower distances grow beyond the window."""
+    group: int | None = None
+    """self_extend: tokens that share a position beyond the window."""
+    sinks: int | None = None
+    """lm_infinite, streaming: first tokens of the sequence that all see in spite of the window."""
+    chunk: int | None = None
+    """dual_chunk: tokens a chunk; shorter than `length`, such as 3/4 of it."""
+    length: int | None = None
+    """dual_chunk, lm_infinite: the trained length; null for the model's own (dual_chunk) or the window (lm_infinite)."""
+
+    def __post_init__(self) -> None:
+        for key in dataclasses.fields(self)[1:]:
+            value, is_taken = getattr(self, key.name), key.name in _BRANCHES[self.kind]
+            if value is not None and not is_taken:
+                others = ", ".join(kind for kind, keys in _BRANCHES.items() if key.name in keys)
+                raise ConfigError(
+                    f"attention.branches.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
+                )
+            if value is None and is_taken and key.name != "length":
+                raise ConfigError(f"attention.branches.{key.name} is missing; {self.kind} needs it: a number of 1 or more.")
+            if value is not None and not 1 <= value < math.inf:
+                raise ConfigError(f"attention.branches.{key.name} is {value}; it must be at least 1.")
+
+
+_SELECT = {
+    "none": (), "vertical_slash": ("verticals", "slashes", "last", "first", "near", "tile"), "a_shape": ("initial", "local"),
+    "flex_prefill": ("gamma", "tau", "least", "block"), "x_attention": ("threshold", "stride", "block"),
+    "sparge": ("similarity", "mass"), "quest": ("blocks", "block"), "moba": ("blocks", "block"),
+    "representatives": ("blocks", "block", "representatives", "initial", "local"),
+}  # fmt: skip
+"""The keys that each kind of attention.select takes, dense_layers besides."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectConfig:
+    """Which keys are worth attending to, decided from queries and keys; null leaves a method's own default."""
+
+    kind: Literal["none", "vertical_slash", "a_shape", "flex_prefill", "x_attention", "sparge", "quest", "representatives", "moba"] = "none"
+    """none attends to all; quest selects while decoding, a_shape, representatives and moba always, the others while reading."""
+    dense_layers: int = 0
+    """The first layers, which attend to all."""
+    verticals: int | None = None
+    """vertical_slash: columns of keys that a head keeps."""
+    slashes: int | None = None
+    """vertical_slash: diagonals that a head keeps."""
+    last: int | None = None
+    """vertical_slash: the last queries, which decide."""
+    first: int | None = None
+    """vertical_slash: first keys that are columns in any case."""
+    near: int | None = None
+    """vertical_slash: nearest diagonals that are kept in any case."""
+    tile: int | None = None
+    """vertical_slash: the edge of the squares that diagonals are widened to."""
+    initial: int | None = None
+    """a_shape, representatives: first keys that all see."""
+    local: int | None = None
+    """a_shape, representatives: latest keys that a token sees."""
+    gamma: float | None = None
+    """flex_prefill: the share of attention to keep."""
+    tau: float | None = None
+    """flex_prefill: the distance below which a head decides by pooled products."""
+    least: int | None = None
+    """flex_prefill: tokens that are always kept."""
+    threshold: float | None = None
+    """x_attention: the share of a row's antidiagonal attention to keep."""
+    stride: int | None = None
+    """x_attention: tokens of a cell."""
+    similarity: float | None = None
+    """sparge: how alike a block's tokens must be for their mean to stand for them."""
+    mass: float | None = None
+    """sparge: the share of pooled attention to keep."""
+    blocks: int | None = None
+    """quest, representatives, moba: blocks (quest: pages) of keys that a query sees."""
+    block: int | None = None
+    """flex_prefill, x_attention, quest, representatives, moba: tokens of a block (quest: of a page)."""
+    representatives: int | None = None
+    """representatives: keys of a block that stand for it."""
+
+    def __post_init__(self) -> None:
+        if self.dense_layers < 0 or (self.dense_layers and self.kind == "none"):
+            raise ConfigError(
+                f"attention.select.dense_layers is {self.dense_layers}; it counts layers, 0 or more, and needs a kind but none."
+            )
+        for key in dataclasses.fields(self):
+            if key.name not in ("kind", "dense_layers", *_SELECT[self.kind]) and getattr(self, key.name) is not None:
+                others = ", ".join(kind for kind, keys in _SELECT.items() if key.name in keys)
+                raise ConfigError(
+                    f"attention.select.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig:
+    """What is attended, on top of the model's own (causal) attention."""
+
+    window: int | None = None
+    """Keys that a token sees, itself included; null for all before it."""
+    sinks: int = 0
+    """First tokens of the sequence that all see in spite of the window."""
+    positions: PositionsConfig = field(default_factory=PositionsConfig)
+    """How the model reads on past its trained length: by other frequencies."""
+    branches: BranchesConfig = field(default_factory=BranchesConfig)
+    """How the model reads on past its trained length: by other distances. window and sinks above narrow what branches see."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Which keys are worth attending to."""
