@@ -1,13 +1,9 @@
-"""The server's HTTP over a double of the engine: every status, whole and streamed answers, documents, and clients that leave."""
+"""The server's HTTP over a double of the engine: every status, whole and streamed answers, documents."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,65 +11,11 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from starlette.testclient import TestClient
-
 from ringctx.config import parse
 from ringctx.errors import ConfigError
-from ringctx.runtime.server.app import Server
-from ringctx.runtime.server.desk import Desk
-from ringctx.runtime.server.host import Host, Opening
-from tests.fake_engine import FakeEngine, said
-
-SETTINGS = """
-model: {path: some/folder/fake}
-generation: {max_new_tokens: 50}
-server: {queue: 2, max_tokens: 100, question_tokens: 60, documents: 2, document_tokens: 100, body_bytes: 2000}
-"""
-
-
-@dataclass
-class Served:
-    """A server in this process, its ring in a thread."""
-
-    client: TestClient
-    engine: FakeEngine
-    server: Server
-    desk: Desk
-    host: Host
-
-    def chat(self, text: str, **fields: Any) -> Any:
-        body = {"model": "fake", "messages": [{"role": "user", "content": text}]} | fields
-        return self.client.post("/v1/chat/completions", json=body)
-
-    def background(self, text: str, **fields: Any) -> tuple[threading.Thread, list[Any]]:
-        """A request in a thread, and where its response goes; returns when the ring works on it or it waits."""
-        replies: list[Any] = []
-        before = self.desk.num_waiting + self.desk.is_working
-        thread = threading.Thread(target=lambda: replies.append(self.chat(text, **fields)))
-        thread.start()
-        until(lambda: self.desk.num_waiting + self.desk.is_working > before)
-        return thread, replies
-
-
-def until(true: Any, seconds: float = 10.0) -> None:
-    ends = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends
-        time.sleep(0.002)
-
-
-def serving(token: str | None = None) -> Iterator[Served]:
-    config, engine = parse(SETTINGS), FakeEngine()
-    desk = Desk(config.server.queue)
-    server = Server(config, desk, token)
-    host = Host(engine, config.server)
-    ring = threading.Thread(target=host.lead, args=(desk,))
-    ring.start()
-    with TestClient(server.app()) as client:
-        yield Served(client, engine, server, desk, host)
-        desk.stop()
-        ring.join(timeout=10)
-    assert not ring.is_alive()
+from ringctx.runtime.server.host import Opening
+from tests.fake_engine import said
+from tests.serving import Served, serving
 
 
 @pytest.fixture
@@ -294,93 +236,6 @@ def test_a_body_that_is_too_long_is_413_whether_it_says_so_or_not(served):
     parts = (b"x" * 500 for _ in range(10))
     reply = served.client.post("/v1/completions", content=parts)
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
-
-
-def test_a_full_queue_is_429_and_says_when_to_come_again(served):
-    waiting = [served.background(f"wait {n}") for n in range(3)]  # one at work, two in the queue
-    reply = served.chat("one too many")
-    assert (reply.status_code, reply.json()["error"]["type"]) == (429, "rate_limit_error")
-    assert int(reply.headers["retry-after"]) >= 1
-    served.engine.go.set()
-    for thread, replies in waiting:
-        thread.join(timeout=10)
-        assert replies[0].status_code == 200
-    assert served.engine.asked == [f"uwait {n}\na" for n in range(3)]
-
-
-async def leave(served: Served, text: str, *, stream: bool, after: Any, heard: list[str]) -> None:
-    """A client that asks and closes its connection when `after` is true."""
-    body = {"model": "fake", "messages": [{"role": "user", "content": text}], "stream": stream}
-    await close(served, "/v1/chat/completions", body, after, heard)
-
-
-async def close(served: Served, path: str, fields: dict[str, Any], after: Any, heard: list[str]) -> None:
-    """A client that posts and closes its connection when `after` is true. heard: becomes what it was sent."""
-    body = json.dumps(fields).encode()
-    sent = False
-
-    async def receive() -> dict[str, Any]:
-        nonlocal sent
-        if not sent:
-            sent = True
-            return {"type": "http.request", "body": body}
-        while not after():
-            await asyncio.sleep(0.005)
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        heard.append(message["type"])
-
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "query_string": b"",
-        "headers": [],
-        "asgi": {"spec_version": "2.3"},
-    }
-    await served.server.app()(scope, receive, send)
-
-
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_a_client_that_leaves_ends_its_answer(served, stream):
-    asyncio.run(leave(served, "wait", stream=stream, after=lambda: served.desk.is_working, heard=[]))
-    until(lambda: served.engine.abandoned == ["uwait\na"])
-    assert served.chat("next").status_code == 200
-
-
-def test_a_client_that_leaves_in_mid_stream_ends_its_answer(served):
-    heard: list[str] = []
-    asyncio.run(leave(served, "wait second", stream=True, after=lambda: "http.response.body" in heard, heard=heard))
-    until(lambda: served.engine.abandoned == ["uwait second\na"])
-    assert served.chat("next").status_code == 200
-
-
-def test_a_client_that_leaves_the_queue_frees_its_place_and_is_never_asked(served):
-    thread, replies = served.background("wait first")
-    asyncio.run(leave(served, "wait, another", stream=False, after=lambda: served.desk.num_waiting == 1, heard=[]))
-    assert served.desk.num_waiting == 0
-    served.engine.go.set()
-    thread.join(timeout=10)
-    assert replies[0].status_code == 200 and served.engine.asked == ["uwait first\na"]
-
-
-def test_a_document_that_was_read_for_nobody_is_not_kept(served):
-    asyncio.run(close(served, "/v1/documents", {"text": "wait"}, lambda: served.desk.is_working, []))
-    served.engine.go.set()
-    until(lambda: served.engine.documents and not served.desk.num_waiting and not served.desk.is_working)
-    assert not served.server.documents and not served.host.readings and not served.host.openings
-
-
-def test_a_server_that_stops_tells_those_who_wait(served):
-    at_work, waiting = served.background("wait 1"), served.background("wait 2")
-    served.desk.stop()
-    until(lambda: served.engine.abandoned)
-    served.desk.close()
-    for thread, replies in (at_work, waiting):
-        thread.join(timeout=10)
-        assert replies[0].status_code == 503
-    assert served.chat("x").status_code == 503
 
 
 def test_metrics_count_replies_and_tokens(served):
