@@ -15,7 +15,7 @@ from ringctx import Ring
 from ringctx.config import load
 from ringctx.runtime.answer import Listener
 from ringctx.runtime.engine import Engine
-from ringctx.tools.eval.needle import hide
+from ringctx.tools.eval.planting import hide
 from ringctx.tools.eval.watch import anonymous
 from ringctx.tools.eval.wordings import WORDINGS
 
@@ -27,8 +27,7 @@ config = load(HERE.parent.parent / "configs" / "smollm2_million.yaml", ("generat
 text = gzip.decompress((HERE.parent / "documents" / "kjv.txt.gz").read_bytes()).decode()[:characters]
 draw = random.Random(7)
 numbers = {name: str(draw.randint(10_000, 99_999)) for name, _ in NEEDLES}
-for name, depth in reversed(NEEDLES):
-    text = hide(WORDINGS[name].needle.format(of="", number=numbers[name]), text, depth)
+text = hide(tuple((depth, WORDINGS[name].needle.format(of="", number=numbers[name])) for name, depth in NEEDLES), text)
 
 with Ring.from_env(timeout=config.ring.timeout) as ring, anonymous() as memory:
     engine = Engine.load(config, ring)
