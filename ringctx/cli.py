@@ -5,6 +5,7 @@ Exit codes: 0 done · 2 the request was wrong · 3 a rank or link failed · 1 a 
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -136,6 +137,32 @@ def bench(
         rows = [row for case in cases if (row := bench.measure(ring, case, rounds)) is not None]
         if ring.rank == 0:
             click.echo(json.dumps({"rows": bench.as_json(rows)}) if as_json else bench.table(rows))
+    return 0
+
+
+@ringctx.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@click.option("--host", help="The address to listen on; server.host by default.")
+@click.option("--port", type=click.IntRange(0, 65535), help="0 for any that is free; server.port by default.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@click.pass_obj
+def serve(typed: Typed, config: Path, ranks: int | None, host: str | None, port: int | None, overrides: tuple[str, ...]) -> int:
+    """Answer over HTTP as OpenAI's interface does; a document is read once and asked many times."""
+    loaded = configuration.load(config, overrides)
+    where = loaded.server
+    where = dataclasses.replace(where, host=where.host if host is None else host, port=where.port if port is None else port)
+    loaded = dataclasses.replace(loaded, server=where)
+    try:
+        from ringctx.runtime.server import serve as server
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"`ringctx serve` needs {error.name}, which is not installed; pip install 'ringctx[serve]'.") from error
+    token = os.environ.get("RINGCTX_TOKEN") or loaded.server.token
+    server.check(loaded, token)
+    if not launch.is_rank() and (ranks or 1) > 1:
+        return _launch(ranks or 1, loaded, typed)
+    with _ring(loaded, ranks, typed.level) as ring:
+        server.serve(loaded, ring, token)
     return 0
 
 

@@ -102,6 +102,30 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """Where `ringctx serve` listens, and how much it takes."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on; one that other machines reach needs a token."""
+    port: int = 8000
+    """0 for any that is free."""
+    token: str | None = None
+    """What clients must send as a bearer token; the environment's RINGCTX_TOKEN goes before it."""
+    body_bytes: int = 64 * 2**20
+    """The longest body of a request."""
+    queue: int = 64
+    """Requests that may wait for the ring."""
+    max_tokens: int = 4096
+    """The longest answer that a request may ask for."""
+    question_tokens: int = 2048
+    """Tokens that a conversation about a document may take after it; room for them is set aside with each document."""
+    documents: int = 16
+    """Documents that are kept."""
+    document_tokens: int = 1_000_000
+    """Tokens of all of them together, and of a prompt without one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """All blocks of a configuration file."""
 
@@ -111,6 +135,7 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -123,6 +148,7 @@ class Config:
             ("cache.memory_gib", self.cache.memory_gib, 0.001),
             ("cache.save_every", self.cache.save_every, 1),
             ("generation.max_new_tokens", self.generation.max_new_tokens, 1),
+            *((f"server.{name}", n, int(name != "port")) for name, n in dataclasses.asdict(self.server).items() if isinstance(n, int)),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}.")

@@ -49,13 +49,19 @@ class Listener:
     """Who wants to know how it goes.
 
     `began(tokens, chunks)` when so many more tokens are going to be read, `layer(number)` while they are, `prefilled()` when all are,
-    `text(piece)` of the answer.
+    `text(piece)` of the answer. `is_gone()` is asked on rank 0 before each chunk and each token: once it is true, every rank breaks
+    off with `Abandoned`.
     """
 
     began: Callable[[int, int], None] = _nothing
     layer: Callable[[int], None] = _nothing
     prefilled: Callable[[], None] = _nothing
     text: Callable[[str], None] = _nothing
+    is_gone: Callable[[], bool] = lambda: False
+
+
+class Abandoned(Exception):
+    """Nobody waits for the answer any more. All ranks raise it at the same place, and the ring is whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,13 +22,14 @@ from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, shards, trained_of, turn, wrap
 from ringctx.methods import extend
-from ringctx.runtime.answer import Answer, Folders, Listener, Seconds
+from ringctx.runtime.answer import Abandoned, Answer, Folders, Listener, Seconds
 from ringctx.runtime.asked import attention_of, encoding_of, warn_if_long
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, peak_memory
 from ringctx.runtime.evict import Evictor, evictor_of
 from ringctx.runtime.prompts import Prompts
+from ringctx.runtime.reading import QUESTION_ROOM, Reading
 from ringctx.runtime.recall import heads_of, recall
 from ringctx.runtime.sampling import Sampler
 from ringctx.runtime.selecting import selecting
@@ -39,23 +40,8 @@ from ringctx.runtime.weights import checkpoint
 
 logger = logging.getLogger(__name__)
 
-QUESTION_ROOM = 1_024
-"""Tokens that a question may take where nobody says; longer ones work, but memory grows for them."""
-
-
-@dataclass
-class Reading:
-    """Tokens that were read, with their keys in this rank's cache: what any number of answers go on from.
-
-    length: tokens of the sequence for which positions are turned, the question's and the answer's included.
-    num_resumed: how many of the tokens a snapshot held, so that they were not read. seconds: what reading the others took.
-    """
-
-    tokens: list[int]
-    cache: KVCache
-    length: int
-    num_resumed: int = 0
-    seconds: float = 0.0
+ABANDONED = -1
+"""What rank 0 says in a token's place when nobody listens any more."""
 
 
 @dataclass
@@ -185,6 +171,7 @@ class Engine:
             listener.began(len(tokens) - reading.num_resumed, len(layouts) - done)
         with self.timed("prefill", listener):
             for layout in layouts[done:]:
+                self._go_on(listener)
                 self._cache(torch.tensor(tokens), layout, cache)
                 if saved and (layout is layouts[-1] or layout.length - saved.read >= self.config.cache.save_every):
                     saved.save(cache)
@@ -234,7 +221,7 @@ class Engine:
             listener.prefilled()
             decode_began = time.perf_counter()
             stream = Stream(self.tokenizer, listener.text, generation.stop)
-            tokens, first_at = self._decode(logits, cache, prompt, stream, generation)
+            tokens, first_at = self._decode(logits, cache, prompt, stream, generation, listener)
             decode_seconds = time.perf_counter() - decode_began
         num_new = len(prompt) - num_read
         if new is not None:
@@ -245,7 +232,7 @@ class Engine:
     @contextmanager
     def _going_on(self, reading: Reading, rest: list[int], new: Reading | None) -> Iterator[tuple[KVCache, list[int]]]:
         """The cache that the rest of the prompt goes on from, and what is read then: all that was read, or what the rest recalls of it."""
-        if self.config.cache.recall.blocks:
+        if self.config.cache.recall.blocks and reading.tokens:
             with self.context.recalling():
                 yield recall(self.config.cache, self.model, self.context, reading.cache, reading.tokens, rest)
             return
@@ -265,12 +252,14 @@ class Engine:
         listener.began(len(rest), len(layouts))
         with self.timed("question", listener):
             for layout in layouts[:-1]:
+                self._go_on(listener)
                 self._cache(tokens, layout, cache)
+            self._go_on(listener)
             logits = self._read(tokens, layouts[-1], cache)
         return broadcast(self.ring, logits.contiguous(), layouts[-1].owner(len(tokens) - 1), "the prompt's last logits")
 
     def _decode(
-        self, logits: Tensor, cache: KVCache, prompt: list[int], stream: Stream, generation: GenerationConfig
+        self, logits: Tensor, cache: KVCache, prompt: list[int], stream: Stream, generation: GenerationConfig, listener: Listener
     ) -> tuple[list[int], float]:
         """The answer's tokens, and when the first of them was there."""
         chosen_by = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
@@ -279,11 +268,11 @@ class Engine:
         first_at = 0.0
         with self.timed("decode", Listener()):
             while True:
-                tokens.append(self._agree(sampler.choose(logits[0, -1]), f"token {len(tokens)} of the answer"))
+                tokens.append(self._agree(sampler.choose(logits[0, -1]), listener, f"token {len(tokens)} of the answer"))
                 first_at = first_at or time.perf_counter()
                 sampler.seen.add(tokens[-1])
                 stream.push(tokens[-1])
-                if stream.is_stopped or tokens[-1] in self._ends() or len(tokens) == generation.max_new_tokens:
+                if stream.is_stopped or tokens[-1] in self.ends() or len(tokens) == generation.max_new_tokens:
                     return tokens, first_at
                 logits = self._step(tokens[-1], cache)
 
@@ -379,11 +368,20 @@ class Engine:
             logits: Tensor = self.model(input_ids=ids, position_ids=position, use_cache=False).logits
         return logits
 
-    def _agree(self, token: int, what: str) -> int:
-        """Rank 0's token, on all ranks: machines that round differently must not part ways."""
-        return token if self.world.size == 1 else int(broadcast(self.world, torch.tensor([token], device=self.device), 0, what))
+    def _go_on(self, listener: Listener) -> None:
+        """Raises Abandoned, on all ranks, if rank 0's listener is gone."""
+        self._agree(0, listener, "whether the reading goes on")
 
-    def _ends(self) -> set[int]:
+    def _agree(self, token: int, listener: Listener, what: str) -> int:
+        """Rank 0's token, on all ranks: machines that round differently must not part ways. Abandoned if its listener is gone."""
+        token = ABANDONED if self.world.rank == 0 and listener.is_gone() else token
+        if self.world.size > 1:
+            token = int(broadcast(self.world, torch.tensor([token], device=self.device), 0, what))
+        if token == ABANDONED:
+            raise Abandoned
+        return token
+
+    def ends(self) -> set[int]:
         """The tokens that end a text, as the checkpoint's generation settings or its tokenizer say."""
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends

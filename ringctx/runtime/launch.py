@@ -23,7 +23,9 @@ import click
 
 EXIT_BUG, EXIT_REQUEST, EXIT_LOST = 1, 2, 3
 SHUTDOWN_SECONDS = 3
-"""A rank that was told to stop has this long; then it is killed."""
+"""A rank that was told to stop because another had failed has this long; then it is killed."""
+STOP_SECONDS = 20
+"""The same when the launcher itself was told to stop: ranks that serve break off what they do and leave together."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def run(num_ranks: int, arguments: list[str]) -> int:
             max_restarts=0, local_addr="localhost", logs_specs=DefaultLogsSpecs(log_dir=folder), shutdown_timeout=SHUTDOWN_SECONDS,
         )  # fmt: skip
         try:
-            with _short_shutdown() as fallen:
+            codes: list[int | None] = []
+            with _short_shutdown(codes) as fallen:
                 elastic_launch(config, sys.executable)("-m", "ringctx", *arguments)
         except ChildFailedError as error:
             silent = [End(rank, EXIT_LOST, _how(rank, failure.exitcode)) for rank, failure in error.failures.items() if rank in fallen]
@@ -78,16 +81,19 @@ def run(num_ranks: int, arguments: list[str]) -> int:
             click.echo(end.sentence, err=True)
             return end.code
         except SignalException as error:
+            if codes and not any(codes):
+                return 0  # every rank took the signal as the end of its work
             click.echo(f"Stopped by {signal.Signals(error.sigval).name}.", err=True)
             return 128 + int(error.sigval)
     return 0
 
 
 @contextmanager
-def _short_shutdown() -> Iterator[set[int]]:
+def _short_shutdown(codes: list[int | None]) -> Iterator[set[int]]:
     """Within it, torch gives ranks SHUTDOWN_SECONDS to stop when another has failed; it has 30 s written in, and no option.
 
     The set fills with the ranks that had ended before torch stopped the others: only these fell by themselves.
+    codes: becomes the exit codes of all ranks.
     """
     from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
@@ -97,7 +103,8 @@ def _short_shutdown() -> Iterator[set[int]]:
     def close_soon(self: SubprocessContext, death_sig: signal.Signals | None = None, timeout: int = SHUTDOWN_SECONDS) -> None:
         if not fallen:
             fallen.update(rank for rank, handler in self.subprocess_handlers.items() if handler.proc.poll() is not None)
-        close(self, death_sig, min(timeout, SHUTDOWN_SECONDS))
+        close(self, death_sig, SHUTDOWN_SECONDS if fallen else STOP_SECONDS)
+        codes[:] = [handler.proc.poll() for handler in self.subprocess_handlers.values()]
 
     SubprocessContext.close = close_soon  # type: ignore[method-assign, assignment]
     try:

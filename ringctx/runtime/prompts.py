@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ringctx.errors import ConfigError
+
 TAIL = 2_000
 """Characters of a document's end that are tokenised to learn a prompt's ending: no tokenizer joins tokens over so many."""
 OTHERS = ("A", "0", " A", "\nA")
@@ -24,12 +26,28 @@ class Prompts:
 
     def whole(self, document: str, question: str) -> list[int]:
         """The tokens of the user's message."""
+        return self.chat([{"role": "user", "content": self.framed(document, question)}])
+
+    def framed(self, document: str, question: str) -> str:
+        """The text of the user's message."""
         parts = {"{document}": document, "{question}": question}
-        text = re.sub("|".join(parts), lambda found: parts[found[0]], self.frame)
+        return re.sub("|".join(parts), lambda found: parts[found[0]], self.frame)
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation, each message with a role and a content, up to where the model speaks next.
+
+        Raises ConfigError for roles or turns that the model's chat template does not take; without a template, one message is the text.
+        """
         if self.tokenizer.chat_template is None:
-            return list(self.tokenizer(text).input_ids)
-        messages = [{"role": "user", "content": text}]
-        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+            if len(messages) > 1:
+                raise ConfigError(f"The model has no chat template, so it takes one user message, not {len(messages)} messages.")
+            return list(self.tokenizer(messages[0]["content"]).input_ids)
+        from jinja2 import TemplateError
+
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        except TemplateError as error:
+            raise ConfigError(f"The model's chat template does not take these messages: {error}.") from error
 
     def ending(self, document: str, question: str) -> list[int]:
         """The last tokens of `whole`, from the first on that may change with the question. It looks at the document's end alone."""

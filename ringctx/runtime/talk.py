@@ -24,6 +24,14 @@ def broadcast(ring: Ring, tensor: Tensor, root: int, what: str) -> Tensor:
     return tensor
 
 
+def tell(ring: Ring, value: Any, device: torch.device, what: str) -> Any:
+    """Rank 0's value (anything JSON can hold) on every rank; what the others pass is ignored."""
+    text = json.dumps(value).encode() if ring.rank == 0 else b""
+    size = int(broadcast(ring, torch.tensor([len(text)], device=device), 0, what))
+    data = torch.frombuffer(bytearray(text or size), dtype=torch.uint8).to(device)
+    return json.loads(bytes(broadcast(ring, data, 0, what).cpu().numpy()))
+
+
 def share(ring: Ring, value: Any, device: torch.device, what: str) -> list[Any]:
     """Every rank's value (anything JSON can hold), in rank order, on every rank."""
     text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)

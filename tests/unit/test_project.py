@@ -180,6 +180,8 @@ def test_what_the_tests_need_is_pinned():
     settings = configparser.RawConfigParser()
     settings.read(ROOT / "setup.cfg")
     extras = settings["options.extras_require"]
-    asked = "\n".join([settings["options"]["install_requires"], extras["huggingface"], extras["test"], extras["dev"]]).lower()
+    asked = "\n".join(
+        [settings["options"]["install_requires"], extras["huggingface"], extras["serve"], extras["test"], extras["dev"]]
+    ).lower()
     wanted = set(re.findall(r"^([\w-]+)", asked, re.M)) - {"torch", "ringctx"}
     assert wanted <= pinned

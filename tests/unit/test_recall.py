@@ -187,3 +187,9 @@ def test_what_cannot_be_meant_is_refused(setting, sentence):
 
 def test_a_configuration_without_blocks_recalls_nothing():
     assert CacheConfig().recall.blocks == 0
+
+
+def test_where_nothing_was_read_nothing_is_recalled():
+    ours, plain = engine("cache.recall.blocks=3"), engine()
+    prompt = ours.prompts.chat([{"role": "user", "content": "Who?"}])
+    assert ours.answer(ours.read([]), prompt).tokens == plain.answer(plain.read([]), prompt).tokens
