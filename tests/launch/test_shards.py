@@ -58,7 +58,7 @@ def test_two_by_two_ranks_generate_what_one_does_and_all_four_are_reported(tmp_p
 def test_a_snapshot_of_some_heads_is_refused(tmp_path):
     engine = Engine(None, None, Context(Ring.alone(), parts=2), Config(), torch.device("cpu"))
     with pytest.raises(ConfigError, match="A snapshot holds all heads of a token; leave --save and --resume out"):
-        engine._resume([1], [], KVCache(1, 0, 1), Folders(save=tmp_path))
+        engine._resume(Reading([1], KVCache(1, 0, 1), 2), [], Folders(save=tmp_path))
 
 
 def test_a_sum_that_breaks_off_within_a_row_is_a_lost_rank_and_other_errors_stay_what_they_are():
