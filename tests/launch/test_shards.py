@@ -19,6 +19,7 @@ from ringctx.errors import ConfigError, RankLost, Unsupported  # noqa: E402
 from ringctx.huggingface import Context, shards  # noqa: E402
 from ringctx.runtime.cache import KVCache  # noqa: E402
 from ringctx.runtime.engine import Engine, Folders  # noqa: E402
+from ringctx.runtime.reading import Reading  # noqa: E402
 from tests.launch.shards_job import PLANS  # noqa: E402
 from tests.tiny import tiny  # noqa: E402
 
