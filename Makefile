@@ -45,7 +45,7 @@ run: $(READY) ## ask a real model a question about a real document, over RANKS r
 test: check ranks launch ## everything CI runs: check, then tests on ranks and end to end (under 15 minutes on two cores)
 	$(call say,'test: all passed')
 
-check: format lint types imports unit ## format, lint, types, import direction, unit tests (under a minute)
+check: format lint types imports unit ## format, lint, types, import direction, unit tests
 
 format: $(READY)
 	$(call say,'format')
