@@ -11,10 +11,10 @@ from itertools import accumulate
 
 import torch
 
-from ringctx.core.layout import Ranges, count, indices_of
+from ringctx.core.layout import Ranges, count, indices_of, take
 from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Pattern, Verdict
 
-LEAF = 256  # a PARTIAL tile's longest side: larger wastes masked work, smaller pays dispatch (docs/results/reading)
+LEAF = 256  # a PARTIAL tile's longest side: larger wastes masked work, smaller pays dispatch (docs/results/recall)
 STRIP = 4  # so many leaves may be one strip: one masked call is quicker than several and their merges
 
 Tile = tuple[int, int, int, int, int]
@@ -160,7 +160,7 @@ def needs(patterns: tuple[Pattern, ...], q: Ranges, k: Ranges) -> Spans:
             if verdict != PARTIAL:
                 needed[c:d] = True
             elif not needed[c:d].all():
-                allowed = pattern.allows(indices_of(q)[a:b], indices_of(k)[c:d])
+                allowed = pattern.allows(indices_of(take(q, [(a, b)])), indices_of(take(k, [(c, d)])))
                 needed[c:d] |= allowed.reshape(-1, d - c).any(0)
     return spans_of(needed)
 

@@ -53,13 +53,13 @@ class _Part:
         """All that there are."""
         return [store for store in (self.keys, self.values, self.rotated) if store is not None]
 
-    def write(self, k: Tensor, v: Tensor, indices: Tensor, room: int) -> None:
-        """Append k, v (b m g d) of all key heads, whose tokens have these indices (m)."""
+    def write(self, k: Tensor, v: Tensor, layout: Layout, rank: int, room: int) -> None:
+        """Append k, v (b m g d) of all key heads, the last m of this rank's tokens in the layout."""
         if self.heads is not None:
             k, v = k[:, :, list(self.heads)], v[:, :, list(self.heads)]
         if self.indices is not None:
             room = self.keys.count + k.shape[1]
-            new = indices.to(self.indices.device).expand(*self.indices.shape[:2], -1)
+            new = layout.indices(rank, self.indices.device)[layout.count(rank) - k.shape[1] :].expand(*self.indices.shape[:2], -1)
             self.indices = torch.cat((self.indices, new), -1)
         self.keys.write(k, room)
         self.values.write(v, room)
@@ -188,7 +188,7 @@ class KVCache:
         count = self._layout.count(self.rank)
         k, v = k[:, self._keep], v[:, self._keep]
         for part in self._layers[layer]:
-            part.write(k, v, self._layout.indices(self.rank)[count - k.shape[1] :], max(self.room, count))
+            part.write(k, v, self._layout, self.rank, max(self.room, count))
 
     def read(self, layer: int, spans: Spans | None = None) -> tuple[Tensor, Tensor]:
         """This rank's keys, before rotation, and values (b n g d), in the order of the layout's indices.

@@ -148,7 +148,7 @@ class Engine:
         warn_if_long(self.config, getattr(self.model.config, "max_position_embeddings", None), len(prompt))
         room = len(prompt) - num_read + self.config.generation.max_new_tokens
         reading = self.read(prompt[:num_read], listener, folders, room=room)
-        return self._answer(reading, prompt, listener, self.config.generation, began, reading)
+        return self._answer(reading, prompt, listener, self.config.generation, began, is_new=True)
 
     @torch.no_grad()
     def read(
@@ -169,10 +169,11 @@ class Engine:
         reading.num_resumed = cache.layout.length
         if layouts[done:]:
             listener.began(len(tokens) - reading.num_resumed, len(layouts) - done)
+        whole = torch.tensor(tokens, dtype=torch.int64)
         with self.timed("prefill", listener):
             for layout in layouts[done:]:
                 self._go_on(listener)
-                self._cache(torch.tensor(tokens), layout, cache)
+                self._cache(whole, layout, cache)
                 if saved and (layout is layouts[-1] or layout.length - saved.read >= self.config.cache.save_every):
                     saved.save(cache)
         reading.seconds = time.perf_counter() - began
@@ -194,7 +195,7 @@ class Engine:
         """
         self.ring.traffic.reset()
         began = time.perf_counter() if began is None else began
-        return self._answer(reading, prompt, listener, generation or self.config.generation, began, None)
+        return self._answer(reading, prompt, listener, generation or self.config.generation, began, is_new=False)
 
     @torch.no_grad()
     def _answer(
@@ -204,9 +205,10 @@ class Engine:
         listener: Listener | None,
         generation: GenerationConfig,
         began: float,
-        new: Reading | None,
+        *,
+        is_new: bool,
     ) -> Answer:
-        """`answer`; new: the reading, if its cost belongs to this answer."""
+        """`answer`; is_new: the reading was made for this answer alone, so its cost belongs to it."""
         listener, num_read = listener or Listener(), len(reading.tokens)
         if len(prompt) <= num_read or prompt[:num_read] != reading.tokens:
             raise ConfigError(
@@ -215,7 +217,7 @@ class Engine:
             )
         self._extend(reading.length)
         prefill_began = time.perf_counter()
-        with self._going_on(reading, prompt[num_read:], new) as (cache, rest):
+        with self._going_on(reading, prompt[num_read:], is_new) as (cache, rest):
             logits = self._rest(cache, rest, listener)
             prefill_seconds = time.perf_counter() - prefill_began
             listener.prefilled()
@@ -224,19 +226,19 @@ class Engine:
             tokens, first_at = self._decode(logits, cache, prompt, stream, generation, listener)
             decode_seconds = time.perf_counter() - decode_began
         num_new = len(prompt) - num_read
-        if new is not None:
-            prefill_seconds, num_new = prefill_seconds + new.seconds, len(prompt) - new.num_resumed
+        if is_new:
+            prefill_seconds, num_new = prefill_seconds + reading.seconds, len(prompt) - reading.num_resumed
         seconds = Seconds(load=self.load_seconds, prefill=prefill_seconds, first_token=first_at - began, decode=decode_seconds)
         return self._report(stream.close(), tokens, len(prompt), num_new, seconds)
 
     @contextmanager
-    def _going_on(self, reading: Reading, rest: list[int], new: Reading | None) -> Iterator[tuple[KVCache, list[int]]]:
+    def _going_on(self, reading: Reading, rest: list[int], is_new: bool) -> Iterator[tuple[KVCache, list[int]]]:
         """The cache that the rest of the prompt goes on from, and what is read then: all that was read, or what the rest recalls of it."""
         if self.config.cache.recall.blocks and reading.tokens:
             with self.context.recalling():
                 yield recall(self.config.cache, self.model, self.context, reading.cache, reading.tokens, rest)
             return
-        mark = reading.cache.mark() if new is None or self.evictor is None else None  # a mark would keep what is evicted
+        mark = None if is_new and self.evictor is not None else reading.cache.mark()  # a mark would keep what is evicted
         try:
             yield reading.cache, rest
         finally:

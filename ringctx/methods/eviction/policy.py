@@ -80,9 +80,7 @@ def gather(ring: Ring, x: Tensor) -> Tensor:
     if ring.size == 1:
         return x
     sizes = [int(size) for size in share(ring, torch.tensor([x.shape[-1]]), "scores")]
-    padded = x.new_zeros(*x.shape[:-1], max(sizes))
-    padded[..., : x.shape[-1]] = x
-    return torch.cat([part[..., :size] for part, size in zip(share(ring, padded, "scores"), sizes, strict=True)], -1)
+    return torch.cat(share(ring, x.movedim(-1, 0), "scores", sizes)).movedim(0, -1)
 
 
 def at_least(least: int, policy: object, **numbers: int) -> None:
