@@ -26,7 +26,7 @@ from ringctx.runtime.answer import Abandoned, Answer, Folders, Listener, Seconds
 from ringctx.runtime.asked import attention_of, encoding_of, warn_if_long
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
-from ringctx.runtime.device import device_of, dtype_of, peak_memory
+from ringctx.runtime.device import device_of, dtype_of, keep_freed_memory, peak_memory
 from ringctx.runtime.evict import Evictor, evictor_of
 from ringctx.runtime.prompts import Prompts
 from ringctx.runtime.reading import QUESTION_ROOM, Reading
@@ -71,6 +71,7 @@ class Engine:
         ring: all ranks. began: the `time.perf_counter()` from which loading counts; now by default.
         """
         began = time.perf_counter() if began is None else began
+        keep_freed_memory()
         folder = checkpoint(config.model.path)
         from transformers import AutoTokenizer
         from transformers.utils import logging as transformers_logging
@@ -111,10 +112,6 @@ class Engine:
         """How documents and questions become tokens."""
         return Prompts(self.tokenizer, self.config.generation.prompt)
 
-    def prompt(self, document: str, question: str) -> list[int]:
-        """The tokens of the user's message, with the model's chat template around it where it has one."""
-        return self.prompts.whole(document, question)
-
     def generate(self, document: str, question: str, listener: Listener | None = None, folders: Folders = Folders()) -> Answer:
         """Prefill over the ring, then decode until the model ends its text, a stop string ends it or `max_new_tokens` are reached.
 
@@ -122,7 +119,7 @@ class Engine:
         number of ranks goes on with what another number saved, and any question may be asked of it.
         """
         began = time.perf_counter()
-        prompt, ending = self.prompt(document, question), self.prompts.ending(document, question)
+        prompt, ending = self.prompts.whole(document, question), self.prompts.ending(document, question)
         num_read = len(prompt) - len(ending) if prompt[-len(ending) :] == ending else None
         return self.complete(prompt, listener, folders, num_read=num_read, began=began)
 

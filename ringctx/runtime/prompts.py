@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ringctx.errors import ConfigError
+from ringctx.runtime.tokenise import tokenise
 
 TAIL = 2_000
 """Characters of a document's end that are tokenised to learn a prompt's ending: no tokenizer joins tokens over so many."""
@@ -41,13 +42,14 @@ class Prompts:
         if self.tokenizer.chat_template is None:
             if len(messages) > 1:
                 raise ConfigError(f"The model has no chat template, so it takes one user message, not {len(messages)} messages.")
-            return list(self.tokenizer(messages[0]["content"]).input_ids)
+            return tokenise(self.tokenizer, messages[0]["content"], special=True)
         from jinja2 import TemplateError
 
         try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise ConfigError(f"The model's chat template does not take these messages: {error}.") from error
+        return tokenise(self.tokenizer, text)
 
     def ending(self, document: str, question: str) -> list[int]:
         """The last tokens of `whole`, from the first on that may change with the question. It looks at the document's end alone."""

@@ -21,6 +21,7 @@ from ringctx.runtime.server.bodies import Ask, unknown_document
 from ringctx.runtime.server.desk import Desk, Done, Forget, Job, Read, Text, stopping
 from ringctx.runtime.server.refusal import Refusal, malformed
 from ringctx.runtime.talk import share, tell
+from ringctx.runtime.tokenise import tokenise
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class Host:
         if ask.messages:
             return prompts.chat(list(ask.messages))
         if isinstance(ask.prompt, str):
-            return list(self.engine.tokenizer(ask.prompt).input_ids)
+            return tokenise(self.engine.tokenizer, ask.prompt, special=True)
         size = len(self.engine.tokenizer)
         if not all(0 <= token < size for token in ask.prompt):
             raise malformed(f"prompt has tokens that the model does not know; they go from 0 to {size - 1}.", "prompt")

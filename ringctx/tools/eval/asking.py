@@ -7,7 +7,6 @@ from typing import Any
 
 from ringctx.runtime.answer import Listener
 from ringctx.runtime.engine import Engine
-from ringctx.runtime.prompts import common
 from ringctx.runtime.talk import share
 from ringctx.tools.eval import watch
 from ringctx.tools.eval.density import density
@@ -29,16 +28,15 @@ class Said:
 
 def ask(engine: Engine, planted: Planted, listener: Listener) -> Said:
     """Read what all prompts share, answer each, compare. All ranks call it together and return the same but for the seconds."""
-    prompts = planted.prompts
-    longest = max(map(len, prompts))
+    opening, longest = planted.opening, max(map(len, planted.rests))
     with watch.anonymous() as peak:
-        if len(prompts) == 1:
-            answers, prefill, sent = [engine.complete(prompts[0], listener)], 0.0, 0
+        if len(planted.rests) == 1:
+            answers = [engine.complete([*opening, *planted.rests[0]], listener, num_read=len(opening))]
+            prefill, sent = 0.0, 0
         else:
-            shared = min(common(prompts[0], prompt) for prompt in prompts[1:])
-            reading = engine.read(prompts[0][:shared], listener, room=longest - shared + engine.config.generation.max_new_tokens)
+            reading = engine.read(opening, listener, room=longest + engine.config.generation.max_new_tokens)
             prefill, sent = reading.seconds, engine.ring.traffic.sent.total()
-            answers = [engine.answer(reading, prompt, listener) for prompt in prompts]
+            answers = [engine.answer(reading, prompt, listener) for prompt in planted.prompts]
     everyone = share(engine.world, {"anonymous": peak.bytes, "sent": sent}, engine.device, "cost on each rank")
     prefill += sum(answer.seconds.prefill for answer in answers)
     decode = sum(answer.seconds.decode for answer in answers)
@@ -53,4 +51,4 @@ def ask(engine: Engine, planted: Planted, listener: Listener) -> Said:
     }
     texts = [answer.answer for answer in answers]
     are_correct = [is_number(text, question.number) for text, question in zip(texts, planted.questions, strict=True)]
-    return Said(texts, are_correct, longest, cost)
+    return Said(texts, are_correct, len(opening) + longest, cost)

@@ -16,6 +16,7 @@ from ringctx.runtime.device import peak_memory
 from ringctx.runtime.engine import Engine
 from ringctx.runtime.losses import token_losses
 from ringctx.runtime.talk import share
+from ringctx.runtime.tokenise import tokenise
 from ringctx.tools.eval import watch
 from ringctx.tools.eval.asked import Row
 from ringctx.tools.eval.density import density
@@ -47,7 +48,7 @@ class PerplexityRow(Row):
 
 def tokens_of(engine: Engine, text: str, count: int, option: str) -> list[int]:
     """The text's first tokens, with what the tokenizer puts before any text. Raises ConfigError when there are fewer; option: who asked."""
-    tokens: list[int] = engine.tokenizer(text, verbose=False).input_ids
+    tokens = tokenise(engine.tokenizer, text, special=True)
     if count < 2:
         raise ConfigError(f"{option} {count} leaves nothing to predict; perplexity needs at least 2 tokens.")
     if len(tokens) < count:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ringctx.errors import ConfigError
@@ -33,11 +34,17 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Planted:
-    """A prompt of tokens for each question, and the text they were made from with the sentences in it."""
+    """A text with the sentences in it, and the prompts made from it: tokens that all share, then those of each question."""
 
-    prompts: tuple[list[int], ...]
+    opening: list[int]
+    rests: tuple[list[int], ...]
     text: str
     questions: tuple[Question, ...]
+
+    @property
+    def prompts(self) -> Iterator[list[int]]:
+        """The whole prompts, one at a time."""
+        return ([*self.opening, *rest] for rest in self.rests)
 
 
 def plant(engine: Engine, text: str, length: int, hidden: Hidden, seed: int) -> Planted:
@@ -70,7 +77,9 @@ def plant(engine: Engine, text: str, length: int, hidden: Hidden, seed: int) -> 
             f"--length {length} needs more text than the document has: its {len(text):,} characters make a prompt of "
             f"{num_tokens:,} tokens. Give a longer --document, or ask for less."
         )
-    return Planted(tuple(_prompt(engine, best, question) for question in hidden.questions), best, hidden.questions)
+    opening = engine.prompts.opening(best)
+    rests = tuple(_prompt(engine, best, question)[len(opening) :] for question in hidden.questions)
+    return Planted(opening, rests, best, hidden.questions)
 
 
 def hide(sentences: tuple[tuple[float, str], ...], text: str) -> str:
@@ -100,4 +109,4 @@ def _prompt(engine: Engine, text: str, question: Question) -> list[int]:
     """Text and question as the configuration frames them, and the answer's beginning."""
     space = "" if engine.tokenizer.chat_template else "\n"
     beginning = engine.tokenizer(space + question.beginning, add_special_tokens=False).input_ids
-    return [*engine.prompt(text, question.text), *beginning]
+    return [*engine.prompts.whole(text, question.text), *beginning]
