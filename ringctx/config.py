@@ -14,8 +14,10 @@ from typing import Literal
 
 import yaml
 
+from ringctx import config_layers
 from ringctx.config_attention import AttentionConfig, BranchesConfig, PositionsConfig, SelectConfig
 from ringctx.config_cache import CacheConfig, EvictConfig, RecallConfig
+from ringctx.config_layers import LayersConfig
 from ringctx.errors import ConfigError
 from ringctx.strict import StrictLoader, build, kind_of, override
 
@@ -26,6 +28,7 @@ __all__ = [
     "Config",
     "EvictConfig",
     "GenerationConfig",
+    "LayersConfig",
     "LayoutConfig",
     "ModelConfig",
     "PositionsConfig",
@@ -132,7 +135,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    attention: AttentionConfig | tuple[LayersConfig, ...] = field(default_factory=AttentionConfig)
+    """One block for all layers, or a list of blocks for some of them each."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -141,8 +145,6 @@ class Config:
         for name, value, least in (
             ("model.tensor_parallel", self.model.tensor_parallel, 1),
             ("ring.timeout", self.ring.timeout, 0.001),
-            ("attention.window", self.attention.window, 1),
-            ("attention.sinks", self.attention.sinks, 0),
             ("layout.chunk", self.layout.chunk, 1),
             ("cache.page", self.cache.page, 1),
             ("cache.memory_gib", self.cache.memory_gib, 0.001),
@@ -152,14 +154,28 @@ class Config:
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}.")
-        if self.attention.sinks and self.attention.window is None:
-            raise ConfigError("attention.sinks means nothing without attention.window; set a window or leave sinks out.")
+        if isinstance(self.attention, tuple):
+            config_layers.check(self.attention)
         self._check_storage()
         self._check_spread()
         if "{document}" not in self.generation.prompt or "{question}" not in self.generation.prompt:
             raise ConfigError("generation.prompt must hold {document} and {question}; they are replaced by the text and the question.")
         if "" in self.generation.stop:
             raise ConfigError("generation.stop holds an empty text, which would end every answer before it begins; leave it out.")
+
+    @property
+    def positions(self) -> PositionsConfig:
+        """How all layers turn positions."""
+        return self._blocks[0].positions
+
+    @property
+    def selects(self) -> bool:
+        """Whether some layer attends to selected keys alone."""
+        return any(block.select.kind != "none" for block in self._blocks)
+
+    @property
+    def _blocks(self) -> tuple[AttentionConfig, ...]:
+        return self.attention if isinstance(self.attention, tuple) else (self.attention,)
 
     def _check_spread(self) -> None:
         """What decides by a rank's own heads is refused where a rank has only some: ranks of a row would decide otherwise."""
@@ -168,7 +184,7 @@ class Config:
         for name, is_set in (
             ("cache.evict", self.cache.evict.kind != "none"),
             ("cache.recall", self.cache.recall.blocks > 0),
-            ("attention.select", self.attention.select.kind != "none"),
+            ("attention.select", self.selects),
         ):
             if is_set:
                 raise ConfigError(

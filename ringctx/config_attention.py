@@ -176,3 +176,10 @@ class AttentionConfig:
     """How the model reads on past its trained length: by other distances. window and sinks above narrow what branches see."""
     select: SelectConfig = field(default_factory=SelectConfig)
     """Which keys are worth attending to."""
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("window", self.window, 1), ("sinks", self.sinks, 0)):
+            if value is not None and value < least:
+                raise ConfigError(f"attention.{name} is {value}; it must be at least {least}.")
+        if self.sinks and self.window is None:
+            raise ConfigError("attention.sinks means nothing without attention.window; set a window or leave sinks out.")

@@ -45,8 +45,11 @@ def override(data: dict[str, Any], text: str) -> None:
         raise ConfigError(f"--set {text!r}: the value is not valid YAML; put quotes around text with special signs.") from error
     for depth, key in enumerate(keys[:-1]):
         data = data.setdefault(key, {})
+        path = ".".join(keys[: depth + 1])
+        if isinstance(data, list):
+            raise ConfigError(f"--set {text!r}: {path} is a list; set the whole of it (--set '{path}=[...]'), or change it in the file.")
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {text!r}: {'.'.join(keys[: depth + 1])} is a value, not a block.")
+            raise ConfigError(f"--set {text!r}: {path} is a value, not a block.")
     data[keys[-1]] = parsed
 
 
@@ -72,8 +75,6 @@ def _unknown(path: str, key: str, known: list[str]) -> str:
 
 def _value(hint: Any, value: Any, name: str) -> Any:
     """The value if it fits the type hint (an int fits a float); raises ConfigError otherwise."""
-    if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, name)
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value in choices:
@@ -84,13 +85,28 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     lists = [kind for kind in kinds if typing.get_origin(kind) is tuple]
     if lists and isinstance(value, list):
-        return tuple(_value(typing.get_args(lists[0])[0], one, f"{name}[{n}]") for n, one in enumerate(value))
+        return tuple(_item(typing.get_args(lists[0])[0], one, f"{name}[{n}]") for n, one in enumerate(value))
+    blocks = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    if lists and blocks and not isinstance(value, dict | None):
+        raise ConfigError(f"{name} must be a block of keys or a list of such blocks, not {kind_of(value)}.")
+    if blocks:
+        return build(typing.cast(type, blocks[0]), value, name)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) in kinds:
         return value
     wanted = " or ".join(_NAMES[kind] for kind in kinds)
     raise ConfigError(f"{name} is {value!r}, {kind_of(value)}; it must be {wanted}.")
+
+
+def _item(hint: Any, value: Any, name: str) -> Any:
+    """`_value` of a list's item. A block that refuses itself does not know where it stands, so that is said before it."""
+    try:
+        return _value(hint, value, name)
+    except ConfigError as error:
+        if name in str(error):
+            raise
+        raise ConfigError(f"In {name}: {error}") from error
 
 
 _NAMES: dict[Any, str] = {

@@ -79,7 +79,7 @@ def encoding_of(config: PositionsConfig, known: extend.Trained, length: int) -> 
 
 def warn_if_long(config: Config, trained: int | None, num_tokens: int) -> None:
     """Log it when a prompt of so many tokens and its answer go beyond what the model was trained on, stretched or recalled."""
-    positions, recall = config.attention.positions, config.cache.recall
+    positions, recall = config.positions, config.cache.recall
     if not trained or positions.kind == "dynamic_ntk" or recall.blocks:  # these go as far as they are asked
         return
     asked = num_tokens + config.generation.max_new_tokens

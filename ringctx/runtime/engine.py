@@ -23,16 +23,16 @@ from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, shards, trained_of, turn, wrap
 from ringctx.methods import extend
 from ringctx.runtime.answer import Abandoned, Answer, Folders, Listener, Seconds
-from ringctx.runtime.asked import attention_of, encoding_of, warn_if_long
+from ringctx.runtime.asked import encoding_of, warn_if_long
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.device import device_of, dtype_of, keep_freed_memory, peak_memory
 from ringctx.runtime.evict import Evictor, evictor_of
+from ringctx.runtime.layers import layers_of
 from ringctx.runtime.prompts import Prompts
 from ringctx.runtime.reading import QUESTION_ROOM, Reading
 from ringctx.runtime.recall import heads_of, recall
 from ringctx.runtime.sampling import Sampler
-from ringctx.runtime.selecting import selecting
 from ringctx.runtime.snapshot import Snapshot, source_of
 from ringctx.runtime.stream import Stream
 from ringctx.runtime.talk import broadcast, share
@@ -81,9 +81,8 @@ class Engine:
         dtype = dtype_of(config.model, device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, column = shards.load(folder, ring, config.model.tensor_parallel, dtype=dtype, device=device)
-        known = trained_of(model) if config.attention.positions.kind != "none" else None
-        whole = attention_of(config.attention, getattr(model.config, "max_position_embeddings", None))
-        asked = selecting(whole, config.attention.select, int(model.config.num_hidden_layers))
+        known = trained_of(model) if config.positions.kind != "none" else None
+        asked = layers_of(config.attention, model.config)
         context = wrap(model, column, asked, transport=config.ring.transport, kernel=config.ring.kernel)
         engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known, all_ranks=ring)
         engine.evictor = context.evictor = evictor_of(config.cache.evict, engine.num_layers, engine._shape().heads)
@@ -325,7 +324,7 @@ class Engine:
         """One chunk through the model as far as its keys, which go to the cache; what comes after the last of them is left out."""
         cache.extend(layout)
         _, inputs = self.inputs(tokens, layout)
-        whole = self.evictor is not None or self.config.attention.select.kind != "none"  # these judge or count the last layer's attention
+        whole = self.evictor is not None or self.config.selects  # these judge or count the last layer's attention
         with self.context.running(layout, cache) if whole else self.context.caching(layout, cache, self.num_layers - 1):
             self.model.base_model(**inputs, use_cache=False)
 
@@ -356,7 +355,7 @@ class Engine:
         It is the whole sequence's length, so ranks agree on it, and it holds for prefill and decode alike.
         """
         if self.trained is not None:
-            turn(self.model, encoding_of(self.config.attention.positions, self.trained, length))
+            turn(self.model, encoding_of(self.config.positions, self.trained, length))
 
     def _step(self, token: int, cache: KVCache) -> Tensor:
         """One token more: every rank computes it against its own keys, one of them keeps its key. Logits (1 1 vocabulary)."""

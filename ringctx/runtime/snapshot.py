@@ -23,7 +23,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ringctx.config import Config
+from ringctx.config import AttentionConfig, Config, LayersConfig
+from ringctx.config_layers import by_layer
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
@@ -36,7 +37,11 @@ FORMAT = 1
 NAME = "snapshot.json"
 EXACT = ("model", "bf16")
 """Kinds of storage that give back the same keys when they are written once more; quantised ones would be rounded twice."""
-_DIGESTS = {"model": "another model", "prompt": "another document or generation.prompt"}
+_DIGESTS = {
+    "model": "another model",
+    "prompt": "another document or generation.prompt",
+    "attention by layer": "other blocks of attention for its layers",
+}
 """How a sentence calls what is compared by its digest."""
 
 
@@ -194,22 +199,36 @@ def source_of(config: Config, model: Any, prompt: list[int], length: int, storag
     of_model = hashlib.sha256((checkpoint(config.model.path) / "config.json").read_bytes())
     for name, weight in model.named_parameters():
         of_model.update(f"{name} {tuple(weight.shape)} {weight.detach().flatten()[:64].tolist()}".encode())
-    positions, branches = config.attention.positions, config.attention.branches
-    of_length = positions.kind in ("dynamic_ntk", "longrope")  # these turn by the length of prompt and answer
+    of_length = config.positions.kind in ("dynamic_ntk", "longrope")  # these turn by the length of prompt and answer
     return {
         "model": of_model.hexdigest(),
         "prompt": _digest(prompt),
         "model.dtype": str(model.dtype).removeprefix("torch."),
         "layout.kind": config.layout.kind,
         "layout.chunk": config.layout.chunk,
-        "attention.window": config.attention.window,
-        "attention.sinks": config.attention.sinks,
-        "attention.positions": asdict(positions),
-        "attention.branches": asdict(branches) if branches.kind != "none" else None,
+        "attention.positions": asdict(config.positions),
         "a length in tokens of": length if of_length else None,
-        "attention.select": asdict(config.attention.select),
+        **_attention(config, model),
         "cache.storage": storage,
     }
+
+
+def _attention(config: Config, model: Any) -> dict[str, Any]:
+    """What every layer attends to. A list of blocks counts by what each layer is asked for, however it is written."""
+    asked = config.attention
+    whole = asked if isinstance(asked, AttentionConfig) else AttentionConfig()
+    return {
+        "attention.window": whole.window,
+        "attention.sinks": whole.sinks,
+        "attention.branches": asdict(whole.branches) if whole.branches.kind != "none" else None,
+        "attention.select": asdict(whole.select),
+        "attention by layer": _digest(_by_layer(asked, model)) if isinstance(asked, tuple) else None,
+    }
+
+
+def _by_layer(asked: tuple[LayersConfig, ...], model: Any) -> list[Any]:
+    layers = by_layer(asked, int(model.config.num_hidden_layers), int(model.config.num_attention_heads))
+    return [[(heads, asdict(block)) for heads, block in layers[layer]] for layer in sorted(layers)]
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

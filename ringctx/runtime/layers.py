@@ -1,0 +1,39 @@
+"""Layers: what a configuration asks of each layer of a model, whose attention may differ by layer and by head.
+
+Knows configurations and how many layers and heads a model has. Knows nothing of its weights, ranks or caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from ringctx.config import AttentionConfig, LayersConfig
+from ringctx.config_layers import Parts, by_layer
+from ringctx.core.attention import Attention
+from ringctx.patterns import per_head
+from ringctx.runtime.asked import attention_of
+from ringctx.runtime.selecting import selecting, selector_of
+
+
+def layers_of(asked: AttentionConfig | tuple[LayersConfig, ...], model: Any) -> Attention | dict[int, Attention] | None:
+    """What `wrap` takes: an attention for all layers, one for each, or None for the model's own. model: its transformers configuration.
+
+    Raises ConfigError for layers, heads or branches that the model cannot have. Layers that are asked the same share one value.
+    """
+    num_layers, trained = int(model.num_hidden_layers), getattr(model, "max_position_embeddings", None)
+    if isinstance(asked, AttentionConfig):
+        return selecting(attention_of(asked, trained), asked.select, num_layers)
+    made = cache(_attention)
+    return {layer: made(parts, trained) for layer, parts in by_layer(asked, num_layers, int(model.num_attention_heads)).items()}
+
+
+def _attention(parts: Parts, trained: int | None) -> Attention:
+    """One layer's, from its heads; they share all but the pattern."""
+    patterns = {}
+    for heads, block in parts:
+        attention = attention_of(block, trained) or Attention()
+        patterns[attention.pattern] = heads
+    pattern = per_head(patterns) if len(patterns) > 1 else attention.pattern
+    return replace(attention, pattern=pattern, select=selector_of(block.select))
