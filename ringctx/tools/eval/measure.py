@@ -27,7 +27,7 @@ def measure(config: Config, ring: Ring, asked: Asked) -> Result:
     generation = replace(config.generation, max_new_tokens=ANSWER_TOKENS)
     config = heads.listening(config) if asked.task == "heads" else config
     engine = Engine.load(replace(config, generation=generation), ring)
-    return TASKS[asked.task](engine, asked)
+    return BY_TASK[asked.task](engine, asked)
 
 
 def _needle(engine: Engine, asked: Asked) -> Result:
@@ -81,7 +81,7 @@ def _heads(engine: Engine, asked: Asked) -> Result:
     )
 
 
-TASKS = {"needle": _needle, "needles": _needles, "variables": _variables, "perplexity": _perplexity, "heads": _heads}
+BY_TASK = {"needle": _needle, "needles": _needles, "variables": _variables, "perplexity": _perplexity, "heads": _heads}
 
 
 @contextmanager
