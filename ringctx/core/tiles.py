@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -16,6 +16,8 @@ from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Pattern, Verdict
 
 LEAF = 256  # a PARTIAL tile's longest side: larger wastes masked work, smaller pays dispatch (docs/results/recall)
 STRIP = 4  # so many leaves may be one strip: one masked call is quicker than several and their merges
+
+FEW_RANGES = 4
 
 Tile = tuple[int, int, int, int, int]
 """(verdict, first query, end of queries, first key, end of keys), positions in local order; never EMPTY."""
@@ -38,6 +40,11 @@ class Line:
             return self.ranges[first][a - self.starts[first] : b - self.starts[first]], True
         parts = self.ranges[first : last + 1]
         return range(min(r[0] for r in parts), max(r[-1] for r in parts) + 1), False
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Where to begin: all of it, or its ranges one by one where these are few, such as the first keys and the latest."""
+        bounds = self.starts if len(self.ranges) <= FEW_RANGES else [0, self.starts[-1]]
+        return [(a, b) for a, b in pairwise(bounds) if a < b]
 
     def divide(self, a: int, b: int, pattern: Pattern) -> int:
         """A position strictly between a and b: a border of ranges or documents if one is near the middle."""
@@ -66,7 +73,7 @@ def tiles(pattern: Pattern, q: Ranges, k: Ranges) -> tuple[Tile, ...]:
 def _tiles(pattern: Pattern, q: Ranges, k: Ranges) -> tuple[Tile, ...]:
     queries, keys = Line(q), Line(k)
     found: list[Tile] = []
-    stack = [(0, count(q), 0, count(k))] if q and k else []
+    stack = [(0, count(q), c, d) for c, d in keys.parts()] if q else []
     while stack:
         a, b, c, d = stack.pop()
         q_hull, q_exact = queries.hull(a, b)

@@ -92,6 +92,18 @@ def recall(
     text: the tokens in the cache. Where blocks are read anew, the small cache is empty and their tokens come before the question's.
     All ranks call it together, inside `context.recalling()`.
     """
+    asking = heard(config, model, context, cache, question)
+    kept = chosen(config.recall, asking, cache, context.ring)
+    where = " ".join(f"{r.start}-{r.stop - 1}" for r in kept)
+    logger.info("%d of %d tokens are recalled: %s.", count(kept), cache.layout.length, where)
+    if config.recall.reread:
+        return cache.holding(()), [*(text[i] for r in kept for i in r), *question]
+    return cache.holding(kept), question
+
+
+@torch.no_grad()
+def heard(config: CacheConfig, model: Any, context: Context, cache: KVCache, question: list[int]) -> Asking:
+    """What the question asks for, read after the ends of what is cached. All ranks call it together, inside `context.recalling()`."""
     asking = Asking(heads_of(config.recall, model))
     small = cache.holding(ends(config.recall, cache.layout.length))
     context.asked = asking.hear
@@ -104,12 +116,7 @@ def recall(
                 model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
     finally:
         context.asked = None
-    kept = chosen(config.recall, asking, cache, context.ring)
-    where = " ".join(f"{r.start}-{r.stop - 1}" for r in kept)
-    logger.info("%d of %d tokens are recalled: %s.", count(kept), cache.layout.length, where)
-    if config.recall.reread:
-        return cache.holding(()), [*(text[i] for r in kept for i in r), *question]
-    return cache.holding(kept), question
+    return asking
 
 
 def ends(config: RecallConfig, length: int) -> Ranges:
@@ -118,33 +125,46 @@ def ends(config: RecallConfig, length: int) -> Ranges:
     return join((range(first), range(max(length - config.recent, first), length)))
 
 
+def between(config: RecallConfig, length: int) -> range:
+    """The tokens between the text's ends, whose blocks are compared; empty where there are none."""
+    kept = ends(config, length)
+    return range(kept[0].stop, kept[1].start) if len(kept) == 2 else range(length, length)
+
+
 def chosen(config: RecallConfig, asking: Asking, cache: KVCache, ring: Ring) -> Ranges:
     """The indices that a question is answered from: the text's ends and the blocks that answer best. The same on every rank.
 
     All ranks call it together.
     """
-    length = cache.layout.length
-    kept = ends(config, length)
-    if len(kept) < 2:
+    kept, middle = ends(config, cache.layout.length), between(config, cache.layout.length)
+    if not middle:
         return kept
-    between = range(kept[0].stop, kept[1].start)
-    scores = _shares(asking, cache, ring, between, config.block).sum(0).tolist()
-    best = sorted(range(len(scores)), key=lambda n: (-scores[n], n))[: config.blocks]  # at a tie the earlier block
-    spread = [(between.start + n * config.block - config.margin, between.start + (n + 1) * config.block + config.margin) for n in best]
-    blocks = sorted((max(a, between.start), min(b, between.stop)) for a, b in spread)
-    parts, at = [kept[0]], between.start
+    best = ranked(shares(config, asking, cache, ring).sum(0))[: config.blocks]
+    spread = [(middle.start + n * config.block - config.margin, middle.start + (n + 1) * config.block + config.margin) for n in best]
+    blocks = sorted((max(a, middle.start), min(b, middle.stop)) for a, b in spread)
+    parts, at = [kept[0]], middle.start
     for a, b in blocks:
         parts.append(range(max(a, at), b))
         at = max(at, b)
     return join([*parts, kept[1]])
 
 
-def _shares(asking: Asking, cache: KVCache, ring: Ring, between: range, block: int) -> Tensor:
-    """Each head's score of each block of the tokens between, (heads, blocks)."""
-    indices = cache.layout.indices(ring.rank)
-    first, last = (int((indices < edge).sum()) for edge in (between.start, between.stop))  # a rank's tokens ascend
-    blocks = (indices[first:last] - between.start) // block
-    num_blocks = -(-len(between) // block)
+def ranked(scores: Tensor) -> list[int]:
+    """The numbers of the blocks of these scores (blocks), best first, at a tie the earlier."""
+    values = scores.tolist()
+    return sorted(range(len(values)), key=lambda n: (-values[n], n))
+
+
+@torch.no_grad()
+def shares(config: RecallConfig, asking: Asking, cache: KVCache, ring: Ring) -> Tensor:
+    """Each head's score of each block of the tokens between the ends, (heads, blocks), the same on every rank.
+
+    All ranks call it together; there are tokens between the ends.
+    """
+    middle, indices = between(config, cache.layout.length), cache.layout.indices(ring.rank)
+    first, last = (int((indices < edge).sum()) for edge in (middle.start, middle.stop))  # a rank's tokens ascend
+    blocks = (indices[first:last] - middle.start) // config.block
+    num_blocks = -(-len(middle) // config.block)
     best, total = zip(*(_compared(asking, head, cache, first, blocks, num_blocks) for head in asking.heads), strict=True)
     whole = torch.stack(share(ring, torch.stack(total), KIND)).logsumexp(0)  # (heads, t), over all ranks' keys
     mine = (torch.stack(best) - whole[..., None]).amax(1)

@@ -15,21 +15,24 @@ TASKS = {
     "needles": ("seed", "wording", "count"),
     "variables": ("seed", "count", "hops"),
     "perplexity": ("stride", "tokens"),
+    "heads": ("seed", "wording", "count"),
 }
 """What each task may be told beside --length."""
 SHIPPED = Path(__file__).parents[3] / "launch" / "documents" / "kjv.txt.gz"
 """The text that is read where none is named."""
 COUNT = 4
 """Needles or variables where nobody says."""
+HEADS = 8
+"""Heads where nobody says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """One evaluation: the task, its text, its lengths in tokens, and what else was said; () and None where nothing was.
 
-    depth: where a needle lies, 0 first, 1 last. seed: of what is drawn. wording: names in WORDINGS. count: of needles, or of
-    variables. hops: from a variable's number to the one asked for. stride: tokens that each window of a perplexity adds.
-    tokens: of the text that those windows slide over.
+    depth: where a needle lies, 0 first, 1 last. seed: of what is drawn. wording: names in WORDINGS. count: of needles, of
+    variables, or of heads that are chosen. hops: from a variable's number to the one asked for. stride: tokens that each window of a
+    perplexity adds. tokens: of the text that those windows slide over.
     """
 
     task: str
@@ -59,6 +62,11 @@ class Asked:
         unknown = set(self.wording) - set(WORDINGS)
         if unknown:
             raise ConfigError(f"--wording {min(unknown)} is not known; there are {', '.join(WORDINGS)}.")
+        if self.task == "heads" and len(set(self.wording)) == 1:
+            raise ConfigError(
+                f"--task heads compares a sentence's own question with those of others, and --wording {self.wording[0]} is but one; "
+                "give two or more, or none for all."
+            )
         if self.task == "perplexity":
             self._check_windows()
 

@@ -14,8 +14,8 @@ from ringctx.config import Config
 from ringctx.core.ring import Ring
 from ringctx.runtime.answer import Listener
 from ringctx.runtime.engine import Engine
-from ringctx.tools.eval import needle, perplexity, variables
-from ringctx.tools.eval.asked import COUNT, Asked, Result
+from ringctx.tools.eval import heads, needle, perplexity, variables
+from ringctx.tools.eval.asked import COUNT, HEADS, Asked, Result
 from ringctx.tools.eval.asking import ANSWER_TOKENS
 from ringctx.tools.eval.wordings import WORDINGS
 
@@ -25,8 +25,9 @@ DEFAULT_WORDING, DEFAULT_SEED = tuple(WORDINGS)[:1], (0,)
 def measure(config: Config, ring: Ring, asked: Asked) -> Result:
     """Load the model and measure. All ranks call it together and return the same but for seconds and memory."""
     generation = replace(config.generation, max_new_tokens=ANSWER_TOKENS)
+    config = heads.listening(config) if asked.task == "heads" else config
     engine = Engine.load(replace(config, generation=generation), ring)
-    return {"needle": _needle, "needles": _needles, "variables": _variables, "perplexity": _perplexity}[asked.task](engine, asked)
+    return BY_TASK[asked.task](engine, asked)
 
 
 def _needle(engine: Engine, asked: Asked) -> Result:
@@ -63,6 +64,24 @@ def _perplexity(engine: Engine, asked: Asked) -> Result:
     with _bar(engine, "Perplexity", read) as listener:
         rows = [perplexity.through_windows(engine, tokens, length, asked.stride, listener) for length in asked.length]
     return Result(task=asked.task, rows=rows, protocol=perplexity.WINDOWS.format(tokens=len(tokens), stride=asked.stride))
+
+
+def _heads(engine: Engine, asked: Asked) -> Result:
+    cases, wordings = list(product(asked.length, asked.seed or DEFAULT_SEED)), list(dict.fromkeys(asked.wording or WORDINGS))
+    recall, count = engine.config.cache.recall, asked.count or HEADS
+    with _bar(engine, "Heads", sum(length for length, _ in cases)) as listener:
+        runs = [heads.run(engine, asked.text, wordings, length, seed, listener) for length, seed in cases]
+    all_heads = heads.judged(engine, [(found, control) for _, found, control in runs])
+    return heads.HeadsResult(
+        task=asked.task,
+        rows=[row for row, *_ in runs],
+        protocol=heads.PROTOCOL.format(wordings=len(wordings), block=recall.block, sinks=recall.sinks, recent=recall.recent, count=count),
+        heads=all_heads,
+        chosen=heads.best(all_heads, count),
+    )
+
+
+BY_TASK = {"needle": _needle, "needles": _needles, "variables": _variables, "perplexity": _perplexity, "heads": _heads}
 
 
 @contextmanager

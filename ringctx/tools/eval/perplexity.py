@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +10,12 @@ import torch
 
 from ringctx.errors import ConfigError
 from ringctx.runtime.answer import Listener
-from ringctx.runtime.device import peak_memory
 from ringctx.runtime.engine import Engine
 from ringctx.runtime.losses import token_losses
 from ringctx.runtime.talk import share
 from ringctx.runtime.tokenise import tokenise
-from ringctx.tools.eval import watch
 from ringctx.tools.eval.asked import Row
-from ringctx.tools.eval.density import density
+from ringctx.tools.eval.cost import counted
 
 ONE_PASS = (
     "One pass over the first N tokens, no stride, no chat template: each token is predicted once, from all tokens before it that "
@@ -66,7 +62,8 @@ def one_pass(engine: Engine, tokens: list[int], listener: Listener) -> list[Perp
         sums: list[float] = losses.new_zeros(len(ends), dtype=torch.float64).index_add(0, bucket, losses.double()).tolist()
         return sums
 
-    sums, cost = _counted(engine, add_up, len(tokens))
+    mine, cost = counted(engine, add_up)
+    sums = _everyones(engine, mine)
     counts = [min(end, len(tokens) - 1) - end // 2 for end in ends]
     return [_row(end, total / count, count, 1, cost) for end, total, count in zip(ends, sums, counts, strict=True)]
 
@@ -86,7 +83,8 @@ def through_windows(engine: Engine, tokens: list[int], length: int, stride: int,
             done = end
         return [total]
 
-    (total,), cost = _counted(engine, add_up, length)
+    mine, cost = counted(engine, add_up)
+    (total,) = _everyones(engine, mine)
     return _row(length, total / (len(tokens) - 1), len(tokens) - 1, len(spans), cost)
 
 
@@ -99,25 +97,10 @@ def windows(num_tokens: int, length: int, stride: int) -> list[tuple[int, int]]:
     return [(n * stride, min(n * stride + length, num_tokens)) for n in range(num_later + 1)]
 
 
-def _counted(engine: Engine, add_up: Callable[[], list[float]], length: int) -> tuple[list[float], dict[str, Any]]:
-    """The sums over all ranks, and what they cost, by a Row's keys; length: of a pass, in tokens."""
-    began = time.perf_counter()
-    engine.ring.traffic.reset()
-    with watch.anonymous() as peak:
-        sums = add_up()
-    seconds = time.perf_counter() - began
-    facts = {"sums": sums, "sent": engine.ring.traffic.sent.total(), "memory": peak_memory(engine.device), "anonymous": peak.bytes}
-    everyone = share(engine.world, facts, engine.device, "losses of each rank")
-    cost = {
-        "seconds": seconds,
-        "prefill_seconds": seconds,
-        "answer_seconds": None,
-        "density": density(engine),
-        "bytes": sum(rank["sent"] for rank in everyone),
-        "memory": [rank["memory"] for rank in everyone],
-        "anonymous": [rank["anonymous"] for rank in everyone],
-    }
-    return [sum(parts) / engine.context.parts for parts in zip(*(rank["sums"] for rank in everyone), strict=True)], cost
+def _everyones(engine: Engine, sums: list[float]) -> list[float]:
+    """The sums over all ranks; those of a row, with the same tokens, count once."""
+    everyone = share(engine.world, sums, engine.device, "losses of each rank")
+    return [sum(parts) / engine.context.parts for parts in zip(*everyone, strict=True)]
 
 
 def _row(length: int, nll: float, tokens: int, num_windows: int, cost: dict[str, Any]) -> PerplexityRow:

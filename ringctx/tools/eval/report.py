@@ -1,4 +1,4 @@
-"""Report: what was measured, as a table for people, as files, and as a picture of the needles."""
+"""Report: what was measured, as a table for people, as files, and as a picture of needles or heads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from rich.table import Table
 
 from ringctx.errors import ConfigError
 from ringctx.tools.eval.asked import Asked, Result
+from ringctx.tools.eval.heads import HeadsResult
 
 COLUMNS = {
     "needle": ("length", "depth", "wording", "seed", "correct"),
     "needles": ("length", "wording", "seed", "found"),
     "variables": ("length", "depth", "seed", "correct"),
     "perplexity": ("length", "windows", "tokens", "nll", "perplexity"),
+    "heads": ("length", "seed", "prompt_tokens", "blocks"),
 }
 """What a person is shown of each task, before what it cost."""
 COST = {
@@ -28,8 +30,8 @@ COST = {
 LEAST_WIDTH = 120
 """Columns of a terminal that the widest table takes; a narrower one folds its lines rather than lose figures."""
 IN_BYTES = ("bytes", "memory", "anonymous")
-DRAWN = ("needle", "needles")
-"""Tasks with a picture: length across, depth down."""
+DRAWN = ("needle", "needles", "heads")
+"""Tasks with a picture."""
 
 
 def text(result: Result) -> str:
@@ -44,7 +46,14 @@ def text(result: Result) -> str:
     console = Console(width=max(Console().width, LEAST_WIDTH))
     with console.capture() as captured:
         console.print(shown)
-    return captured.get()
+    return captured.get() + (_heads(result) if isinstance(result, HeadsResult) else "")
+
+
+def _heads(result: HeadsResult) -> str:
+    """The chosen heads, a line each, and the line that a configuration takes in `cache.recall`."""
+    chosen = [head for head in result.heads if [head.layer, head.head] in result.chosen]
+    lines = [f"layer {one.layer}, head {one.head}: found {one.found:.3f}, control {one.control:.3f}" for one in chosen]
+    return "\n".join([*lines, f"heads: {result.chosen}", ""])
 
 
 def _cell(value: Any) -> str:
@@ -67,7 +76,7 @@ def check_out(asked: Asked, out: Path | None) -> None:
         return
     if asked.task in DRAWN and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
-            "--out draws a heat map of needles with matplotlib, which is not installed; "
+            "--out draws a heat map with matplotlib, which is not installed; "
             "pip install 'ringctx[plot]', or leave --out out and keep what --json prints."
         )
     try:
@@ -77,12 +86,15 @@ def check_out(asked: Asked, out: Path | None) -> None:
 
 
 def write(result: Result, out: Path) -> list[Path]:
-    """<task>.json and, for needles, <task>.png in the folder; returns the files."""
+    """<task>.json and, for needles and heads, <task>.png in the folder; returns the files."""
     written = [out / f"{result.task}.json"]
     written[0].write_text(json.dumps(result.json(), ensure_ascii=False, indent=1) + "\n")
     if result.task in DRAWN:
         written.append(out / f"{result.task}.png")
-        _draw(result, written[1])
+        if isinstance(result, HeadsResult):
+            _draw_heads(result, written[1])
+        else:
+            _draw_needles(result, written[1])
     return written
 
 
@@ -97,7 +109,7 @@ def cells(result: Result) -> dict[tuple[int, float], tuple[int, int]]:
     return counts
 
 
-def _draw(result: Result, path: Path) -> None:
+def _draw_needles(result: Result, path: Path) -> None:
     """Length across, depth down, green where all were found and red where none; found/tried where there were several."""
     from matplotlib.figure import Figure
 
@@ -113,4 +125,20 @@ def _draw(result: Result, path: Path) -> None:
         for (length, depth), (found, tried) in counts.items():
             axes.text(lengths.index(length), depths.index(depth), f"{found}/{tried}", ha="center", va="center")
     axes.set(xlabel="tokens", ylabel="depth", title=f"needles found: {result.accuracy:.0%}")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_heads(result: HeadsResult, path: Path) -> None:
+    """Head across, layer down, bright where found - control is large; the chosen have a ring."""
+    from matplotlib.figure import Figure
+
+    num_layers, num_heads = result.heads[-1].layer + 1, result.heads[-1].head + 1
+    gains = [one.gain for one in result.heads]
+    figure = Figure(figsize=(2.5 + 0.3 * num_heads, 1.5 + 0.25 * num_layers), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow([gains[n : n + num_heads] for n in range(0, len(gains), num_heads)], cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    layers, heads = zip(*result.chosen, strict=True)
+    axes.scatter(heads, layers, facecolors="none", edgecolors="red")
+    axes.set(xlabel="head", ylabel="layer", title="found - control")
+    figure.colorbar(image)
     figure.savefig(path, dpi=150)
