@@ -57,7 +57,7 @@ def own_tokens(place) -> list[int]:
         from ringctx.runtime.weights import checkpoint
 
         config = load(TINY)
-        prompt = torch.tensor([Engine.load(config, Ring.alone()).prompt((place / "text.txt").read_text(), QUESTION)])
+        prompt = torch.tensor([Engine.load(config, Ring.alone()).prompts.whole((place / "text.txt").read_text(), QUESTION)])
         model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(config.model.path), dtype=torch.float32)
     made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=config.generation.max_new_tokens, do_sample=False)
     tokens: list[int] = made[0, prompt.shape[1] :].tolist()

@@ -142,7 +142,7 @@ def test_openais_client_asks_a_document_that_was_read_once(server, alone):
         done = client.chat.completions.create(
             model=MODEL, messages=ask(question), max_tokens=NUM_TOKENS, extra_body={"document": document["id"]}
         )
-        assert done.choices[0].message.content == answer_of(alone, alone.prompt(DOCUMENT, question))
+        assert done.choices[0].message.content == answer_of(alone, alone.prompts.whole(DOCUMENT, question))
         assert done.usage.prompt_tokens_details.cached_tokens == document["tokens"] > len(DOCUMENT)
     assert client.delete(f"/documents/{document['id']}", cast_to=dict)["deleted"]
     with pytest.raises(openai.NotFoundError, match="There is no document"):
@@ -225,7 +225,7 @@ def post(url: str, body: bytes, token: str) -> int:
 def test_of_ten_clients_at_once_no_answer_is_lost_or_mixed_up(server, alone, seconds):
     questions = [f"Question {n}?" for n in range(NUM_CLIENTS)]
     wanted = {question: answer_of(alone, alone.prompts.chat(ask(question))) for question in questions}
-    wanted |= {f"document {question}": answer_of(alone, alone.prompt(DOCUMENT, question)) for question in questions}
+    wanted |= {f"document {question}": answer_of(alone, alone.prompts.whole(DOCUMENT, question)) for question in questions}
     assert len(set(wanted.values())) > NUM_CLIENTS  # a mix-up would show
     client = server.client()
     document = client.post("/documents", body={"text": DOCUMENT}, cast_to=dict)["id"]

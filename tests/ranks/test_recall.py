@@ -24,7 +24,7 @@ def asked(ring: Ring, cache: Path, *settings: str) -> list[Any]:
     tiny = "model: {path: random-tiny, dtype: float32, device: cpu}"
     ours = Engine.load(parse(tiny, [*settings, "generation.max_new_tokens=6"]), ring)
     reading = ours.read(ours.prompts.opening(DOCUMENT))
-    answers = [ours.answer(reading, ours.prompt(DOCUMENT, question)) for question in ("Who?", "What was created?")]
+    answers = [ours.answer(reading, ours.prompts.whole(DOCUMENT, question)) for question in ("Who?", "What was created?")]
     return [*(answer.tokens for answer in answers), answers[-1].bytes.get("recall", 0)]
 
 

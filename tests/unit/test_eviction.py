@@ -266,7 +266,7 @@ def test_a_document_that_was_read_once_answers_twice_and_snapshots_of_it_are_ref
     from ringctx.runtime.answer import Folders
 
     ours = engine("{kind: snapkv, keys: 24, window: 4}")
-    prompt = ours.prompt("In the beginning " * 9, "Who?")
+    prompt = ours.prompts.whole("In the beginning " * 9, "Who?")
     reading = ours.read(prompt[:-6])
     first = ours.answer(reading, prompt).tokens
     assert ours.answer(reading, prompt).tokens == first

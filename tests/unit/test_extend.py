@@ -209,7 +209,7 @@ def own_tokens(folder, prompt: list[int], rope: dict) -> list[int]:
 def test_tokens_are_those_of_transformers_own_generate(short, kind, settings):
     """transformers has no plain NTK, and keeps keys rotated by stale dynamic frequencies: a default rope of their base stands for both."""
     made = engine(short, kind, *settings)
-    prompt, rope = made.prompt(DOCUMENT, QUESTION), dict(KINDS[kind])
+    prompt, rope = made.prompts.whole(DOCUMENT, QUESTION), dict(KINDS[kind])
     if kind == "dynamic_ntk":
         rope["rope_theta"] = 10_000.0 * (4 * (len(prompt) + NEW) / 64 - 3) ** (16 / 14)
     got = made.generate(DOCUMENT, QUESTION).tokens

@@ -32,7 +32,7 @@ def test_answers_of_one_reading_are_those_of_a_reading_each(storage, setting):
     reading = ours.read(ours.prompts.opening(DOCUMENT))
     before = [x.clone() for layer in range(2) for x in reading.cache.read(layer)]
     for question in (*QUESTIONS, *QUESTIONS[:2]):
-        prompt = ours.prompt(DOCUMENT, question)
+        prompt = ours.prompts.whole(DOCUMENT, question)
         assert prompt == reading.tokens + ours.prompts.ending(DOCUMENT, question)
         assert ours.answer(reading, prompt).tokens == ours.generate(DOCUMENT, question).tokens
     after = [x for layer in range(2) for x in reading.cache.read(layer)]
@@ -43,7 +43,7 @@ def test_answers_of_one_reading_are_those_of_a_reading_each(storage, setting):
 def test_an_answer_that_breaks_off_leaves_the_reading_as_it_was(monkeypatch):
     ours = engine("generation.max_new_tokens=5")
     reading = ours.read(ours.prompts.opening(DOCUMENT))
-    prompt = ours.prompt(DOCUMENT, "Who?")
+    prompt = ours.prompts.whole(DOCUMENT, "Who?")
     want = ours.answer(reading, prompt).tokens
     with monkeypatch.context() as patch:
         patch.setattr(ours, "_step", lambda *_: 1 / 0)
@@ -54,7 +54,7 @@ def test_an_answer_that_breaks_off_leaves_the_reading_as_it_was(monkeypatch):
 
 def test_each_answer_may_be_chosen_otherwise():
     ours = engine("generation.max_new_tokens=5")
-    reading, prompt = ours.read(ours.prompts.opening(DOCUMENT)), ours.prompt(DOCUMENT, "Who?")
+    reading, prompt = ours.read(ours.prompts.opening(DOCUMENT)), ours.prompts.whole(DOCUMENT, "Who?")
     longer = replace(ours.config.generation, max_new_tokens=9, temperature=1.0, seed=4)
     want = engine("generation.max_new_tokens=9", "generation.temperature=1.0", "generation.seed=4").generate(DOCUMENT, "Who?").tokens
     assert ours.answer(reading, prompt, generation=longer).tokens == want
@@ -63,7 +63,7 @@ def test_each_answer_may_be_chosen_otherwise():
 
 def test_an_answer_counts_its_own_cost_and_a_whole_run_both():
     ours = engine("generation.max_new_tokens=2")
-    reading, prompt = ours.read(ours.prompts.opening(DOCUMENT)), ours.prompt(DOCUMENT, "Who?")
+    reading, prompt = ours.read(ours.prompts.opening(DOCUMENT)), ours.prompts.whole(DOCUMENT, "Who?")
     one = ours.answer(reading, prompt)
     assert one.prompt_tokens == len(prompt)
     assert one.tokens_per_second["prefill"] == pytest.approx((len(prompt) - len(reading.tokens)) / one.seconds.prefill)

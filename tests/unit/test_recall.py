@@ -126,7 +126,7 @@ def test_questions_leave_the_reading_as_it_was(reread):
     ours = engine(recalls, "generation.max_new_tokens=6")
     reading = ours.read(ours.prompts.opening(DOCUMENT))
     before = [x.clone() for x in reading.cache.read(1)]
-    prompts = [ours.prompt(DOCUMENT, question) for question in ("Who?", "What was created?", "Who?")]
+    prompts = [ours.prompts.whole(DOCUMENT, question) for question in ("Who?", "What was created?", "Who?")]
     first, second, again = (ours.answer(reading, prompt) for prompt in prompts)
     assert first.tokens == again.tokens and first.prompt_tokens == len(prompts[0]) and len(second.tokens) <= 6
     assert all(map(torch.equal, before, reading.cache.read(1)))
@@ -136,7 +136,7 @@ def test_questions_leave_the_reading_as_it_was(reread):
 def test_blocks_that_are_read_anew_answer_as_a_text_of_these_blocks():
     """The prompt is as long as the blocks and the question."""
     ours = engine("cache.recall={blocks: 2, block: 8, margin: 1, sinks: 3, recent: 9, heads: [[0, 0]]}", "generation.max_new_tokens=6")
-    reading, prompt = ours.read(ours.prompts.opening(DOCUMENT)), ours.prompt(DOCUMENT, "Who?")
+    reading, prompt = ours.read(ours.prompts.opening(DOCUMENT)), ours.prompts.whole(DOCUMENT, "Who?")
     heard: list[tuple[int, int]] = []
     answer = ours.answer(reading, prompt, Listener(began=lambda *n: heard.append(n)))
     ((num_read, _),) = heard

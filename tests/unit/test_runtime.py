@@ -141,7 +141,7 @@ def own_tokens(ours: Engine, document: str, question: str, num_new: int, **setti
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(weights.checkpoint("random-tiny"), dtype=torch.float32)
-    prompt = torch.tensor([ours.prompt(document, question)])
+    prompt = torch.tensor([ours.prompts.whole(document, question)])
     made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_new, do_sample=False, **settings)
     return made[0, prompt.shape[1] :].tolist()
 
@@ -250,9 +250,9 @@ def test_a_prompt_beyond_the_trained_length_warns(caplog):
 
 def test_the_prompt_is_the_template_around_the_text():
     ours = engine("generation.prompt=Read {document}. Answer {question}")
-    assert ours.tokenizer.decode(ours.prompt("a {question}", "b")) == "<|user|>Read a {question}. Answer b<|model|>"
+    assert ours.tokenizer.decode(ours.prompts.whole("a {question}", "b")) == "<|user|>Read a {question}. Answer b<|model|>"
     ours.tokenizer.chat_template = None
-    assert ours.tokenizer.decode(ours.prompt("a", "b")) == "Read a. Answer b"
+    assert ours.tokenizer.decode(ours.prompts.whole("a", "b")) == "Read a. Answer b"
 
 
 def test_a_rank_other_than_0_may_be_the_one_that_makes_the_checkpoint(tmp_path):

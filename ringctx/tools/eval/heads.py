@@ -99,13 +99,13 @@ def run(engine: Engine, text: str, wordings: Sequence[str], length: int, seed: i
     planted = plant(engine, text, length, hidden, seed)
     opening = planted.opening
     sentences = [blocks_of(engine, planted.text, opening, sentence) for _, sentence in hidden.sentences]
-    (places, blocks), cost = counted(engine, partial(_listen, engine, planted, opening, sentences, listener))
+    (places, blocks), cost = counted(engine, partial(_listen, engine, planted, sentences, listener))
     row = HeadsRow(
         length=length,
         depth=None,
         correct=None,
         **cost,
-        prompt_tokens=max(map(len, planted.prompts)),
+        prompt_tokens=len(opening) + max(map(len, planted.rests)),
         seed=seed,
         wordings=order,
         blocks=blocks,
@@ -167,14 +167,13 @@ def judged(engine: Engine, runs: Sequence[tuple[Tensor, Tensor]]) -> list[Judged
     return [Judged(*name, *means) for name, *means in zip(names, found, control, strict=True)]
 
 
-def _listen(engine: Engine, planted: Planted, opening: list[int], sentences: list[range], listener: Listener) -> tuple[Tensor, int]:
+def _listen(engine: Engine, planted: Planted, sentences: list[range], listener: Listener) -> tuple[Tensor, int]:
     """Read once, hear each question: reciprocal ranks (questions, heads, sentences), and how many blocks there are."""
-    longest = max(map(len, planted.prompts))
-    reading = engine.read(opening, listener, room=longest - len(opening) + ANSWER_TOKENS)
+    reading = engine.read(planted.opening, listener, room=max(map(len, planted.rests)) + ANSWER_TOKENS)
     config, placed, num_blocks = engine.config.cache, [], 0
-    for prompt in planted.prompts:
+    for rest in planted.rests:
         with engine.context.recalling():
-            asking = heard(config, engine.model, engine.context, reading.cache, prompt[len(opening) :])
+            asking = heard(config, engine.model, engine.context, reading.cache, rest)
         scores = shares(config.recall, asking, reading.cache, engine.ring)
         placed.append(reciprocal(scores, sentences))
         num_blocks = scores.shape[1]
