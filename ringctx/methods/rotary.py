@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+KEPT = 4
+"""Tables that a Rotary keeps: the keys of one layer come in about so many visits."""
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -23,7 +26,7 @@ class Rotary:
 
     frequencies: tuple[float, ...]
     scaling: float = 1.0
-    _memo: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _memo: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def width(self) -> int:
@@ -56,17 +59,18 @@ class Rotary:
         return torch.cat([*parts, rest] if rest.shape[-1] else parts, dim=-1)
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, ((b,) s 1 w/2). The last ones are kept, because all layers ask for the same positions."""
+        """cos and sin, ((b,) s 1 w/2). The last few are kept, because all layers ask for the same positions, visit by visit."""
         key = f"{positions.device} {dtype}"
-        last = self._memo.get(key)
-        if last is not None and not torch.compiler.is_compiling() and _same(last[0], positions):
-            return last[1], last[2]
+        if not torch.compiler.is_compiling():
+            for known, cos, sin in self._memo.get(key, ()):
+                if _same(known, positions):
+                    return cos, sin
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device).to(dtype)
         angles = positions[..., None].to(dtype) * frequencies
         angles = angles.unsqueeze(-2)
         cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
         if not torch.compiler.is_compiling():
-            self._memo[key] = (positions, cos, sin)
+            self._memo[key] = [(positions, cos, sin), *self._memo.get(key, ())][:KEPT]
         return cos, sin
 
 
