@@ -173,10 +173,13 @@ def serve(typed: Typed, config: Path, ranks: int | None, host: str | None, port:
     help="Find a number in a text; find several with names; follow assignments; predict the text; name the heads that find.",
 )  # fmt: skip
 @click.option("--length", type=click.IntRange(min=2), multiple=True, help="Tokens to read; may be repeated.")
-@click.option("--depth", type=click.FloatRange(0, 1), multiple=True, help="Where the needle lies, 0 first, 1 last; may be repeated.")
+@click.option("--depth", type=click.FloatRange(0, 1), multiple=True, help="Where a needle lies, 0 first, 1 last; may be repeated.")
 @click.option("--document", type=click.Path(path_type=Path), help="The text to read: .txt, or .gz of it; the King James Bible by default.")
 @click.option("--seed", type=int, multiple=True, help="Of what is drawn and where the text begins; 0 by default, may be repeated.")
-@click.option("--wording", multiple=True, help="Of needles: plain, diary, passkey, letter, ledger, notice; may be repeated.")
+@click.option(
+    "--wording", multiple=True,
+    help="Of needles: plain, diary, passkey, letter, ledger, notice, parcel, plate, lottery; may be repeated.",
+)  # fmt: skip
 @click.option("--count", type=int, help="Needles, or variables (chains, with --hops), 4 by default; heads to choose, 8 by default.")
 @click.option("--hops", type=int, help="How often a variable's value is handed on; 0 by default.")
 @click.option("--stride", type=int, help="Perplexity through windows of --length tokens that slide by so many.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import threading
 import time
 from pathlib import Path
@@ -172,10 +173,9 @@ def test_a_peak_of_anonymous_memory_is_seen_and_files_are_not_in_it(tmp_path):
     before = watch.now()
     assert before is not None
     size = 64 * 2**20
-    with watch.anonymous() as peak:
-        block = torch.ones(size // 4)
+    with watch.anonymous() as peak, mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:  # malloc may have some at hand
+        block.write(b"1" * size)
         time.sleep(20 * watch.INTERVAL)
-        del block
     assert peak.bytes is not None
     assert before + 0.9 * size < peak.bytes < before + 1.5 * size
     (tmp_path / "file").write_bytes(bytes(size))
@@ -274,7 +274,8 @@ def test_eval_prints_several_needles_variables_and_windows_with_their_pinned_key
         (["perplexity", "--length", "90", "--seed", "0"], "--seed means nothing to --task perplexity"),
         (["needle", "--length", "200", "--depth", "0", "--wording", "verse"], "--wording verse is not known; there are plain, diary,"),
         (["needle", "--length", "200", "--depth", "0", "--count", "2"], "ask for --task needles or --task variables"),
-        (["needles", "--length", "200", "--depth", "0"], "--depth means nothing to --task needles; leave --depth out"),
+        (["needles", "--length", "200", "--depth", "0", "--count", "2"], "--count 2 needles and 1 --depth do not fit"),
+        (["variables", "--length", "200", "--depth", "0"], "--depth means nothing to --task variables; leave --depth out"),
         (["needles", "--length", "200", "--count", "33"], "--count is 33; it may be 1 to 32"),
         (["variables", "--length", "200", "--count", "0"], "--count is 0; it may be 1 to 32"),
         (["variables", "--length", "2000", "--hops", "-1"], "--hops is -1; it may be 0 to 32"),

@@ -21,7 +21,7 @@ from ringctx.runtime.recall import between, chosen, heard
 from ringctx.tools.eval import heads
 from ringctx.tools.eval.heads import Judged, best, blocks_of, found_and_control, hidden_each, listening, reciprocal
 from ringctx.tools.eval.planting import SLACK, plant
-from ringctx.tools.eval.wordings import WORDINGS
+from ringctx.tools.eval.wordings import TO_TUNE
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -83,12 +83,12 @@ def test_ties_go_to_the_earlier_block_layer_and_head():
 @pytest.mark.parametrize(("length", "seed"), [(1000, 0), (1203, 1), (1777, 2)])
 def test_the_blocks_of_a_sentence_are_the_least_that_hold_it(length, seed):
     ours = engine()
-    hidden = hidden_each(tuple(WORDINGS), length, seed)
+    hidden = hidden_each(TO_TUNE, length, seed)
     planted = plant(ours, TEXT, length, hidden, seed)
     assert length - SLACK <= max(map(len, planted.prompts)) <= length
     opening = ours.prompts.opening(planted.text)
     middle = between(ours.config.cache.recall, len(opening))
-    assert [sentence in planted.text for _, sentence in hidden.sentences] == [True] * len(WORDINGS)
+    assert [sentence in planted.text for _, sentence in hidden.sentences] == [True] * len(TO_TUNE)
     for _, sentence in hidden.sentences:
         blocks = blocks_of(ours, planted.text, opening, sentence)
         begin, end = middle.start + 16 * blocks.start, middle.start + 16 * blocks.stop
@@ -104,7 +104,7 @@ def test_a_head_ranks_first_the_block_that_recall_chooses_by_it():
     opening = ours.prompts.opening(planted.text)
     middle = between(ours.config.cache.recall, len(opening))
     every = [range(n, n + 1) for n in range(-(-len(middle) // 16))]
-    places, num_blocks = heads._listen(ours, planted, opening, every, Listener())
+    places, num_blocks = heads._listen(ours, planted, every, Listener())
     assert places.shape == (3, 8, num_blocks)
     reading = ours.read(opening)
     for question, prompt in enumerate(planted.prompts):
@@ -144,7 +144,7 @@ def test_eval_names_heads_that_a_configuration_takes(capsys, document, tmp_path)
     assert list(result) == ["task", "rows", "accuracy", "protocol", "heads", "chosen"]
     assert all(list(row) == [*PINNED, "prompt_tokens", "seed", "wordings", "blocks"] for row in result["rows"])
     assert [row["seed"] for row in result["rows"]] == [0, 4]
-    assert all(sorted(row["wordings"]) == sorted(WORDINGS) for row in result["rows"])
+    assert all(sorted(row["wordings"]) == sorted(TO_TUNE) for row in result["rows"])
     assert [(one["layer"], one["head"]) for one in result["heads"]] == [(layer, head) for layer in (0, 1) for head in range(4)]
     assert all(list(one) == ["layer", "head", "found", "control"] and 0 < one["found"] <= 1 for one in result["heads"])
     gains = {(one["layer"], one["head"]): one["found"] - one["control"] for one in result["heads"]}

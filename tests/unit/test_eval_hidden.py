@@ -119,7 +119,7 @@ def test_hiding_several_keeps_their_order_and_each_where_it_would_lie_alone(text
 
 @pytest.mark.parametrize("wording", WORDINGS)
 def test_every_wording_says_its_number_and_asks_for_it_by_name_where_there_are_several(wording):
-    hidden, needles = needle.hidden_several(wording, 1000, 4, seed=1)
+    hidden, needles = needle.hidden_several(wording, 1000, needle.middles(4), seed=1)
     assert [depth for depth, _, _ in needles] == [0.125, 0.375, 0.625, 0.875]
     assert len({name for _, name, _ in needles} & set(NAMES)) == len({number for *_, number in needles}) == 4
     for (_, name, number), (_, sentence), question in zip(needles, hidden.sentences, hidden.questions, strict=True):
@@ -197,7 +197,7 @@ def test_correct_when_the_answer_begins_with_the_number_alone(monkeypatch, said,
 @pytest.mark.parametrize("overrides", [(), ("layout.chunk=64", "cache.storage=int8", "cache.page=16")], ids=str)
 def test_questions_about_one_reading_are_answered_as_if_each_were_alone(overrides, monkeypatch):
     ours = engine("generation.max_new_tokens=8", *overrides)
-    hidden, _ = needle.hidden_several("letter", 900, 3, seed=0)
+    hidden, _ = needle.hidden_several("letter", 900, (0.1, 0.5, 0.98), seed=0)
     planted = plant(ours, TEXT, 900, hidden, seed=0)
     assert 900 - SLACK <= max(map(len, planted.prompts)) <= 900
     read: list[int] = []

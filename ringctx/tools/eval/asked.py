@@ -12,7 +12,7 @@ from ringctx.tools.eval.wordings import NAMES, WORDINGS
 
 TASKS = {
     "needle": ("depth", "seed", "wording"),
-    "needles": ("seed", "wording", "count"),
+    "needles": ("depth", "seed", "wording", "count"),
     "variables": ("seed", "count", "hops"),
     "perplexity": ("stride", "tokens"),
     "heads": ("seed", "wording", "count"),
@@ -30,9 +30,10 @@ HEADS = 8
 class Asked:
     """One evaluation: the task, its text, its lengths in tokens, and what else was said; () and None where nothing was.
 
-    depth: where a needle lies, 0 first, 1 last. seed: of what is drawn. wording: names in WORDINGS. count: of needles, of
-    variables, or of heads that are chosen. hops: from a variable's number to the one asked for. stride: tokens that each window of a
-    perplexity adds. tokens: of the text that those windows slide over.
+    depth: where a needle lies, 0 first, 1 last; of needles, where each of them does, the middles of equal parts by default.
+    seed: of what is drawn. wording: names in WORDINGS. count: of needles, of variables, or of heads to choose. hops: from a
+    variable's number to the one asked for. stride: tokens that each window of a perplexity adds. tokens: of the text that those
+    windows slide over.
     """
 
     task: str
@@ -59,6 +60,8 @@ class Asked:
             given = getattr(self, option)
             if given is not None and not least <= given <= most:
                 raise ConfigError(f"--{option} is {given}; it may be {least} to {most}.")
+        if self.task == "needles" and self.depth and self.count not in (None, len(self.depth)):
+            raise ConfigError(f"--count {self.count} needles and {len(self.depth)} --depth do not fit; give one of the two.")
         unknown = set(self.wording) - set(WORDINGS)
         if unknown:
             raise ConfigError(f"--wording {min(unknown)} is not known; there are {', '.join(WORDINGS)}.")

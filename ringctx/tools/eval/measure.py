@@ -17,7 +17,7 @@ from ringctx.runtime.engine import Engine
 from ringctx.tools.eval import heads, needle, perplexity, variables
 from ringctx.tools.eval.asked import COUNT, HEADS, Asked, Result
 from ringctx.tools.eval.asking import ANSWER_TOKENS
-from ringctx.tools.eval.wordings import WORDINGS
+from ringctx.tools.eval.wordings import TO_TUNE, WORDINGS
 
 DEFAULT_WORDING, DEFAULT_SEED = tuple(WORDINGS)[:1], (0,)
 
@@ -39,10 +39,10 @@ def _needle(engine: Engine, asked: Asked) -> Result:
 
 def _needles(engine: Engine, asked: Asked) -> Result:
     cases = list(product(asked.length, asked.wording or DEFAULT_WORDING, asked.seed or DEFAULT_SEED))
-    count = asked.count or COUNT
+    depths = tuple(sorted(asked.depth)) or needle.middles(asked.count or COUNT)
     with _bar(engine, "Needles", sum(length for length, *_ in cases)) as listener:
-        rows = [needle.run_several(engine, asked.text, words, length, count, seed, listener) for length, words, seed in cases]
-    return Result(task=asked.task, rows=rows, protocol=needle.SEVERAL.format(count=count))
+        rows = [needle.run_several(engine, asked.text, words, length, depths, seed, listener) for length, words, seed in cases]
+    return Result(task=asked.task, rows=rows, protocol=needle.SEVERAL.format(count=len(depths)))
 
 
 def _variables(engine: Engine, asked: Asked) -> Result:
@@ -67,7 +67,7 @@ def _perplexity(engine: Engine, asked: Asked) -> Result:
 
 
 def _heads(engine: Engine, asked: Asked) -> Result:
-    cases, wordings = list(product(asked.length, asked.seed or DEFAULT_SEED)), list(dict.fromkeys(asked.wording or WORDINGS))
+    cases, wordings = list(product(asked.length, asked.seed or DEFAULT_SEED)), list(dict.fromkeys(asked.wording or TO_TUNE))
     recall, count = engine.config.cache.recall, asked.count or HEADS
     with _bar(engine, "Heads", sum(length for length, _ in cases)) as listener:
         runs = [heads.run(engine, asked.text, wordings, length, seed, listener) for length, seed in cases]

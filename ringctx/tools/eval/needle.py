@@ -19,8 +19,9 @@ COMMON = (
 )
 ONE = f"A number of five digits at the sentence end nearest to the depth (in characters), {COMMON}"
 SEVERAL = (
-    "{count} needles, each of a name and a number of five digits, at the sentence ends nearest to the middles of {count} "
-    f"equal parts, {COMMON} The text is read once and each needle asked for from there; length and density are of the "
+    "{count} needles, each of a name and a number of five digits, at the sentence ends nearest to the depths asked for (in "
+    "characters), which are the middles of {count} equal parts where none is, "
+    f"{COMMON} The text is read once and each needle asked for from there; length and density are of the "
     "longest prompt. correct: all of them; found: the share."
 )
 
@@ -69,11 +70,16 @@ def hidden_one(wording: str, length: int, depth: float, seed: int) -> Hidden:
     return _hidden(wording, [(depth, "", number)])
 
 
-def hidden_several(wording: str, length: int, count: int, seed: int) -> tuple[Hidden, list[tuple[float, str, str]]]:
-    """Needles in the middles of `count` equal parts; also depth, name and number of each."""
+def middles(count: int) -> tuple[float, ...]:
+    """The depths of the middles of so many equal parts."""
+    return tuple((n + 0.5) / count for n in range(count))
+
+
+def hidden_several(wording: str, length: int, depths: tuple[float, ...], seed: int) -> tuple[Hidden, list[tuple[float, str, str]]]:
+    """A needle at each depth, ascending; also depth, name and number of each."""
     draw = random.Random(f"{wording} {seed} {length}")
-    numbers = map(str, draw.sample(range(10_000, 100_000), count))
-    needles = [((n + 0.5) / count, name, number) for n, (name, number) in enumerate(zip(draw.sample(NAMES, count), numbers, strict=True))]
+    numbers = map(str, draw.sample(range(10_000, 100_000), len(depths)))
+    needles = list(zip(depths, draw.sample(NAMES, len(depths)), numbers, strict=True))
     return _hidden(wording, [(depth, f" of {name}", number) for depth, name, number in needles]), needles
 
 
@@ -94,9 +100,11 @@ def run_one(engine: Engine, text: str, wording: str, length: int, depth: float, 
     )
 
 
-def run_several(engine: Engine, text: str, wording: str, length: int, count: int, seed: int, listener: Listener) -> NeedlesRow:
+def run_several(
+    engine: Engine, text: str, wording: str, length: int, depths: tuple[float, ...], seed: int, listener: Listener
+) -> NeedlesRow:
     """Several needles, each asked for. All ranks call it together and return the same but for the seconds."""
-    hidden, needles = hidden_several(wording, length, count, seed)
+    hidden, needles = hidden_several(wording, length, depths, seed)
     said = ask(engine, plant(engine, text, length, hidden, seed), listener)
     found = [
         Found(name=name, depth=depth, number=number, answer=answer, correct=is_correct)
@@ -110,7 +118,7 @@ def run_several(engine: Engine, text: str, wording: str, length: int, count: int
         prompt_tokens=said.prompt_tokens,
         wording=wording,
         seed=seed,
-        found=sum(said.are_correct) / count,
+        found=sum(said.are_correct) / len(depths),
         needles=found,
     )
 

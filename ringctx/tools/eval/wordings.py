@@ -1,4 +1,4 @@
-"""Wordings: what needles say and how they are asked for. Tune with some and report with others: models fit to words, too."""
+"""Wordings: what needles say and how they are asked for. Tune with some and report with others: settings fit to words, too."""
 
 from __future__ import annotations
 
@@ -45,8 +45,27 @@ WORDINGS = {
         "What is the number of the train{of} that leaves at noon?",
         "The train{of} that leaves at noon has the number",
     ),
+    "parcel": Wording(
+        "The parcel{of} lies in the locker with the number {number}.",
+        "In which locker does the parcel{of} lie?",
+        "The parcel{of} lies in the locker with the number",
+    ),
+    "plate": Wording(
+        "The licence plate on the doctor's car{of} reads {number}.",
+        "What does the licence plate on the doctor's car{of} read?",
+        "The licence plate on the doctor's car{of} reads",
+    ),
+    "lottery": Wording(
+        "The ticket that won the lottery{of} had the number {number}.",
+        "Which number had the ticket that won the lottery{of}?",
+        "The ticket that won the lottery{of} had the number",
+    ),
 }
 """By name, the default first."""
+HELD_OUT = ("parcel", "plate", "lottery")
+"""Wordings to report with: nothing in this project, no list of heads either, was chosen by them."""
+TO_TUNE = tuple(name for name in WORDINGS if name not in HELD_OUT)
+"""The others."""
 
 NAMES = (
     "Lisbon", "Vienna", "Oslo", "Madrid", "Dublin", "Warsaw", "Bergen", "Helsinki", "Prague", "Berlin", "Budapest", "Paris",
