@@ -23,16 +23,16 @@ class Tokenizer:
     """Bytes; a message is its role's first letter, its content and a line's end."""
 
     chat_template = "there is one"
+    is_fast = False
 
-    def __call__(self, text: str) -> SimpleNamespace:
+    def __call__(self, text: str, **_: Any) -> SimpleNamespace:
         return SimpleNamespace(input_ids=list(text.encode()))
 
     def __len__(self) -> int:
         return 256
 
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> dict[str, list[int]]:
-        text = "".join(f"{m['role'][0]}{m['content']}\n" for m in messages)
-        return {"input_ids": list(f"{text}a".encode())}
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        return "".join(f"{m['role'][0]}{m['content']}\n" for m in messages) + "a"
 
     def decode(self, tokens: list[int], **_: Any) -> str:
         return bytes(token for token in tokens if token != END).decode(errors="replace")
