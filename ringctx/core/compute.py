@@ -19,7 +19,7 @@ from ringctx.core.attention import Attention, scale_of
 from ringctx.core.branch import LinearEncoding
 from ringctx.core.layout import Ranges, indices_of, take
 from ringctx.core.partial import Partial
-from ringctx.core.pattern import CAUSAL, PARTIAL, Pattern
+from ringctx.core.pattern import CAUSAL, FULL, PARTIAL, Pattern
 from ringctx.core.sums import Sum
 from ringctx.core.tiles import Tile, pieces
 from ringctx.kernels.base import Call, Kernel, TileScores, accumulation_dtype
@@ -249,9 +249,9 @@ class Work:
 
     def check(self, tiles: Iterable[Sequence[tuple[Tile, ...]]], q: Tensor, e: int, backward: bool) -> None:
         """Raise Unsupported before anything moves, if some tile would find no kernel."""
-        kinds = {(-t[0], n) for visit in tiles for n, rows in enumerate(visit) for t in rows}
-        for minus_verdict, n in sorted(kinds):  # the same order on every rank, so that most name the same refusal
-            group, verdict = self.groups[n], -minus_verdict
+        kinds = {(kind, n) for visit in tiles for n, rows in enumerate(visit) for t in rows for kind in (FULL, t[0])}
+        for verdict, n in sorted(kinds):  # plain tiles first, asked on every rank: what no tile is taken for all refuse alike
+            group = self.groups[n]
             for way in (False, True)[: 1 + backward]:
                 self.choose(verdict, q, len(group.rows), len(group.keys), e, way)
 

@@ -17,7 +17,7 @@ from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Pattern, Verdict
 LEAF = 256  # a PARTIAL tile's longest side: larger wastes masked work, smaller pays dispatch (docs/results/recall)
 STRIP = 4  # so many leaves may be one strip: one masked call is quicker than several and their merges
 
-FEW_RANGES = 4
+FEW_RANGES = 4  # of keys, judged one by one: the first and the latest, a border, a neighbour's
 
 Tile = tuple[int, int, int, int, int]
 """(verdict, first query, end of queries, first key, end of keys), positions in local order; never EMPTY."""

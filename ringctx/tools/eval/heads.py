@@ -26,7 +26,7 @@ from ringctx.runtime.recall import between, heads_of, heard, ranked, shares
 from ringctx.tools.eval.asked import Result, Row
 from ringctx.tools.eval.asking import ANSWER_TOKENS
 from ringctx.tools.eval.cost import counted
-from ringctx.tools.eval.needle import hidden_one
+from ringctx.tools.eval.needle import hidden_one, middles
 from ringctx.tools.eval.planting import SLACK, Hidden, Planted, plant
 
 PROTOCOL = (
@@ -115,7 +115,7 @@ def run(engine: Engine, text: str, wordings: Sequence[str], length: int, seed: i
 
 def hidden_each(wordings: Sequence[str], length: int, seed: int) -> Hidden:
     """A sentence of each wording, without names, in the middles of equal parts, and a question for each."""
-    alone = [hidden_one(wording, length, (n + 0.5) / len(wordings), seed) for n, wording in enumerate(wordings)]
+    alone = [hidden_one(wording, length, depth, seed) for wording, depth in zip(wordings, middles(len(wordings)), strict=True)]
     return Hidden(sum((one.sentences for one in alone), ()), sum((one.questions for one in alone), ()))
 
 
