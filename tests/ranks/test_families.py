@@ -10,10 +10,10 @@ from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 
-from ringctx.core.layout import Layout
 from ringctx.huggingface import wrap
 from ringctx.runtime.cache import KVCache
 from tests.pool import Pool
+from tests.reading import read_and_write
 from tests.tiny import tiny
 
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "phi3", "olmo3", "exaone4"]
@@ -22,26 +22,11 @@ READ, WRITTEN = 48, 7
 """Tokens of the prefill, and those that are decoded one by one."""
 
 
-@torch.no_grad()
 def _run(ring: Any, kind: str, chunk: int, read: int) -> Any:
     """The logits of this rank's tokens with their indices, those of the prefill first, then those that every rank decodes."""
     model = tiny(kind)
-    context, cache = wrap(model, ring), KVCache(4, ring.rank, ring.size, page=2)
-    indices, logits = [], []
-    for begin in range(0, read, chunk):
-        layout = Layout.zigzag(min(chunk, read - begin), ring.size).shifted(begin)
-        cache.extend(layout)
-        own = layout.indices(ring.rank)
-        fed = own if len(own) else torch.zeros(1, dtype=torch.int64)
-        with context.running(layout, cache):
-            made = model(IDS[:, fed], position_ids=fed[None], use_cache=False).logits
-        indices.append(own)
-        logits.append(made[:, : len(own)])
-    for n in range(read, read + WRITTEN):
-        cache.grow()
-        with context.running(cache=cache, decoding=True):
-            logits.append(model(IDS[:, n : n + 1], position_ids=torch.tensor([[n]]), use_cache=False).logits)
-        indices.append(torch.tensor([n]))
+    cache = KVCache(4, ring.rank, ring.size, page=2)
+    indices, logits = zip(*read_and_write(model, wrap(model, ring), cache, IDS[:, : read + WRITTEN], read, chunk), strict=True)
     return torch.cat(indices), torch.cat(logits, 1)
 
 

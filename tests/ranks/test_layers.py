@@ -13,7 +13,6 @@ from torch.testing import assert_close
 pytest.importorskip("transformers")
 
 from ringctx.config import parse
-from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.huggingface import wrap
 from ringctx.runtime.cache import KVCache
@@ -21,6 +20,7 @@ from ringctx.runtime.engine import Engine
 from ringctx.runtime.layers import layers_of
 from ringctx.tools.eval.density import density
 from tests.pool import Pool
+from tests.reading import read_and_write
 from tests.tiny import tiny
 
 READ, WRITTEN, HEADS = 48, 7, 4
@@ -63,26 +63,10 @@ def _eager(kind: str, streams: Streams) -> Tensor:
         return model(IDS, use_cache=False).logits
 
 
-@torch.no_grad()
 def _run(ring: Any, kind: str, blocks: str, chunk: int, keep_rotated: bool) -> list[tuple[Tensor, Tensor]]:
-    """Indices and logits: this rank's of the text that is read, in chunks, then those of the tokens that every rank writes."""
     model = tiny(kind)
-    asked = layers_of(parse(f"attention:\n{blocks}").attention, model.config)
-    context, cache, found = wrap(model, ring, asked), KVCache(4, ring.rank, ring.size, 2, keep_rotated), []
-    for begin in range(0, READ, chunk):
-        layout = Layout.zigzag(min(chunk, READ - begin), ring.size).shifted(begin)
-        cache.extend(layout)
-        own = layout.indices(ring.rank)
-        fed = own if len(own) else torch.zeros(1, dtype=torch.int64)
-        with context.running(layout, cache):
-            made = model(IDS[:, fed], position_ids=fed[None], use_cache=False).logits
-        found.append((own, made[:, : len(own)]))
-    for n in range(READ, READ + WRITTEN):
-        cache.grow()
-        with context.running(cache=cache, decoding=True):
-            logits = model(IDS[:, n : n + 1], position_ids=torch.tensor([[n]]), use_cache=False).logits
-        found.append((torch.tensor([n]), logits))
-    return found
+    context = wrap(model, ring, layers_of(parse(f"attention:\n{blocks}").attention, model.config))
+    return read_and_write(model, context, KVCache(4, ring.rank, ring.size, 2, keep_rotated), IDS, READ, chunk)
 
 
 @pytest.mark.parametrize(("size", "chunk", "keep_rotated"), [(1, 20, True), (2, READ, False), (3, 20, True), (3, READ, True)], ids=str)
