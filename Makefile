@@ -20,7 +20,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q
 
 say = @printf '\n== %s\n' $(1)
 
-.PHONY: help setup run test check format lint types imports unit ranks launch exact mutants parity bench clean
+.PHONY: help setup run test check format lint types imports unit ranks launch exact mutants parity bench triton clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -86,6 +86,13 @@ parity: $(READY) ## greedy tokens on 1 to 4 ranks against transformers' own gene
 
 bench: $(READY) ## the measurements of docs/results, rerun
 	@$(BIN)/ringctx bench $(ARGS)
+
+triton: $(READY) ## the Triton kernels in Triton's interpreter, then compiled for GPUs; installs triton (900 MB)
+	@$(PY) -m pip install -q -c $(CONSTRAINTS) -e '.[triton]'
+	$(call say,'triton: in the interpreter')
+	@TRITON_INTERPRET=1 $(TESTS) tests/unit/test_triton_carried.py $(ARGS)
+	$(call say,'triton: compiled')
+	@$(TESTS) tests/unit/test_triton_carried.py $(ARGS)
 
 clean: ## remove the virtual environment and caches (weights in ~/.cache/ringctx stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

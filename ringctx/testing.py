@@ -36,6 +36,8 @@ class Dense:
     out (b, S, h, e), lse (b, S, h): the log of the whole denominator, the sink included; a row that sees nothing has out 0, and
     lse -inf or, if there is a sink, the sink itself.
     dq, dk, dv: shaped like q, k, v; None without `dout` and `dlse`.
+    taken, memory: of an attention with a carry: what is subtracted from logits, F (b, S, K), and how many earlier keys each query has
+    not forgotten (b, S).
     dparams: gradients of every score's `params()` in the order of `attention.scores`, then of the sink if there is one.
     """
 
@@ -45,6 +47,8 @@ class Dense:
     dk: Tensor | None = None
     dv: Tensor | None = None
     dparams: tuple[Tensor, ...] = ()
+    taken: Tensor | None = None
+    memory: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class _Terms:
     params: tuple[tuple[Tensor, ...], ...]
     """For each additive score, its parameters."""
     sink: Tensor | None
+    carry: Any
+    firsts: tuple[tuple[int, ...], ...]
+    """For each row of the batch, or for all, the first token of each document; carries spare these."""
     dropout: float
     seed: int | None
     batch: Tensor
@@ -91,14 +98,15 @@ def dense(
     batch_offset: int = 0,
     dout: Tensor | None = None,
     dlse: Tensor | None = None,
+    dmemory: Tensor | None = None,
 ) -> Dense:
     """Attention of whole, unencoded q (b, S, h, d), k (b, K, g, d), v (b, K, g, e), and its gradients if `dout` or `dlse` is given.
 
-    i (S,) and j (K,) are the indices of queries and keys, 0.. if absent. dout is shaped like out and dlse like lse.
+    i (S,) and j (K,) are the indices of queries and keys, 0.. if absent. dout is shaped like out, dlse like lse, dmemory like memory.
     seed and batch_offset are dropout's, as in `ring_attention`. Raises Unsupported for parts of `Attention` it does not define.
     """
     _refuse(attention, seed)
-    backward = dout is not None or dlse is not None
+    backward = not (dout is None and dlse is None and dmemory is None)
     i = torch.arange(q.shape[1]) if i is None else i
     j = torch.arange(k.shape[1]) if j is None else j
     terms = _terms(attention, q, i, j, seed, batch_offset)
@@ -112,25 +120,33 @@ def dense(
     out, lse = torch.zeros(b, s, h, v.shape[3], dtype=torch.float64), torch.full((b, s, h), -torch.inf, dtype=torch.float64)
     wanted = [leaves[2], *cut, *terms.leaves]
     grads = [torch.zeros_like(x) for x in wanted]
+    taken = memory = None
+    if attention.carry is not None:
+        with torch.set_grad_enabled(backward):
+            taken, memory = _taken(terms, views, leaves[2])
+        if dmemory is not None:
+            new = torch.autograd.grad(memory, wanted, dmemory.double(), allow_unused=True, retain_graph=True)
+            grads = [old if one is None else old + one for old, one in zip(grads, new, strict=True)]
     group = max(1, LOGITS_AT_ONCE // max(1, b * s * len(j)))
     for heads in torch.arange(h).split(group):
         with torch.set_grad_enabled(backward):
-            some, log = _heads(terms, views, leaves[2], heads)
+            some, log = _heads(terms, views, leaves[2], heads, taken)
         out[:, :, heads], lse[:, :, heads] = some.detach(), log.detach()
         if backward:
             ends = [(some, dout), (log, dlse)]
             pairs = [(y, dy[:, :, heads].double()) for y, dy in ends if dy is not None and y.requires_grad]
             if pairs:
-                new = torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True)
+                new = torch.autograd.grad([y for y, _ in pairs], wanted, [dy for _, dy in pairs], allow_unused=True, retain_graph=True)
                 grads = [old if one is None else old + one for old, one in zip(grads, new, strict=True)]
+    carried = tuple(x if x is None else x.detach() for x in (taken, memory))
     if not backward:
-        return Dense(out, lse)
+        return Dense(out, lse, None, None, None, (), *carried)
     parts = grads[1 : 1 + len(cut)]
     dq, dk = (
         sum((_through(leaf, x, dx) for x, dx in zip(encoded[n::2], parts[n::2], strict=True)), torch.zeros_like(leaf))
         for n, leaf in enumerate(leaves[:2])
     )
-    return Dense(out, lse, dq, dk, grads[0], tuple(grads[1 + len(cut) :]))
+    return Dense(out, lse, dq, dk, grads[0], tuple(grads[1 + len(cut) :]), *carried)
 
 
 def _views(attention: Attention, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> list[_View]:
@@ -142,10 +158,11 @@ def _views(attention: Attention, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> 
     return [_View(q_, k_, _four(pattern.allows(i, j))) for (q_, k_), (_, pattern) in zip(encoded, parts, strict=True)]
 
 
-def _heads(terms: _Terms, views: list[_View], v: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
-    """out (b, S, n, e) and lse (b, S, n) of these n heads. A pair's logit is that of the one view that sees it."""
-    shared = heads // (views[0].q.shape[2] // v.shape[2])
-    v = v[:, :, shared]
+def _logits(terms: _Terms, views: list[_View], heads: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits with their scores, and who is seen, (b, n, S, K) both, of these n heads, which read key heads `shared`.
+
+    A pair's logit is that of the one view that sees it.
+    """
     logits, seen = torch.zeros((), dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     for view in views:
         sees = view.seen[:, heads] if view.seen.shape[1] > 1 else view.seen
@@ -155,7 +172,30 @@ def _heads(terms: _Terms, views: list[_View], v: Tensor, heads: Tensor) -> tuple
         logits = score.apply(logits)
     for score, params in zip(terms.additive, terms.params, strict=True):
         logits = logits + score.bias(heads, terms.i, terms.j, params)
-    seen = seen & ~logits.isneginf()  # a bias of -inf hides a key as a pattern does
+    return logits, seen & ~logits.isneginf()  # a bias of -inf hides a key as a pattern does
+
+
+def _taken(terms: _Terms, views: list[_View], v: Tensor) -> tuple[Tensor, Tensor]:
+    """F (b, S, K): what head 0 of all earlier queries gave each key; and of each query's earlier keys how many F leaves, (b, S)."""
+    head = torch.zeros(1, dtype=torch.int64)
+    logits, seen = _logits(terms, views, head, head)
+    first = torch.stack([torch.isin(terms.j, torch.tensor(row)) for row in terms.firsts])
+    earlier = seen[:, 0] & (terms.j < terms.i[:, None])
+    given = terms.carry.gives(logits[:, 0].masked_fill(~seen[:, 0], -torch.inf)).where(earlier & ~first[:, None], 0.0)
+    order = terms.i.argsort()
+    sums = given[:, order].cumsum(1) - given[:, order]
+    taken = sums[:, order.argsort()]
+    memory = (1 - taken.clamp(max=terms.carry.tau) / terms.carry.tau).where(earlier, 0.0).sum(2)
+    return taken, memory
+
+
+def _heads(terms: _Terms, views: list[_View], v: Tensor, heads: Tensor, taken: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out (b, S, n, e) and lse (b, S, n) of these n heads."""
+    shared = heads // (views[0].q.shape[2] // v.shape[2])
+    v = v[:, :, shared]
+    logits, seen = _logits(terms, views, heads, shared)
+    if taken is not None:
+        logits = logits - taken[:, None]
     if terms.sink is not None:
         logits = torch.cat([logits, terms.sink[heads, None, None].expand(*logits.shape[:3], 1)], -1)
         seen = torch.cat([seen, seen.new_ones(*seen.shape[:3], 1)], -1)
@@ -232,7 +272,12 @@ def _terms(attention: Attention, q: Tensor, i: Tensor, j: Tensor, seed: int | No
     sink = None if attention.sink is None else leaf(attention.sink)
     scale = q.shape[3] ** -0.5 if attention.scale is None else attention.scale
     batch = torch.arange(q.shape[0]) + batch_offset
-    return _Terms(scale, elementwise, additive, params, sink, attention.dropout, seed, batch, i, j)
+    firsts: tuple[tuple[int, ...], ...] = ((0,),)
+    if attention.carry is not None:
+        from ringctx.core.carry import first_tokens
+
+        firsts = first_tokens(attention.pattern)
+    return _Terms(scale, elementwise, additive, params, sink, attention.carry, firsts, attention.dropout, seed, batch, i, j)
 
 
 def _through(leaf: Tensor, encoded: Tensor, grad: Tensor) -> Tensor:
@@ -250,14 +295,12 @@ def _four(seen: Tensor) -> Tensor:
 
 def _refuse(attention: Attention, seed: int | None) -> None:
     """Say which parts of this attention the oracle does not define."""
-    parts = {"carry": attention.carry, "select": attention.select}
+    parts = {"select": attention.select}
     wrong = [f"{name}={value!r}" for name, value in parts.items() if value]
     if attention.normaliser != "softmax":
         wrong.append(f"normaliser={attention.normaliser!r}")
     if wrong:
-        raise Unsupported(
-            f"The dense oracle was asked for {', '.join(wrong)}; it defines pattern, encoding, scores, branches, sink, dropout and scale."
-        )
+        raise Unsupported(f"The dense oracle was asked for {', '.join(wrong)}; it defines everything but select and other normalisers.")
     if attention.dropout and seed is None:
         raise Unsupported(
             f"The dense oracle was asked for dropout {attention.dropout} without a seed; pass the seed that ring_attention got."

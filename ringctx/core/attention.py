@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ringctx.core.branch import Branch, LinearEncoding, check_disjoint
+from ringctx.core.carry import Carry
 from ringctx.core.pattern import Causal, Pattern
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.kernels.base import Elementwise
@@ -56,6 +57,7 @@ class Attention:
     pattern: who sees whom.  encoding: a rotary encoding of q and k by index, or None if they come encoded.
     branches: disjoint patterns with an encoding each, in the place of `encoding`; `pattern` narrows them all, and a key that it
     allows but no branch does is not seen.
+    carry: a Carry, such as ringctx.methods.selective.Selective(): what earlier queries gave to a key is subtracted from its logits.
     scores: elementwise ones (a softcap) first, then additive ones.  sink: Tensor (h,), one more logit per head without a value.
     select: a Selector, which narrows the pattern to what its encoded queries and keys make worth attending to; inference alone.
     dropout: probability of dropping each weight.  scale: of the logits; 1/sqrt(d) when None.
@@ -66,7 +68,7 @@ class Attention:
     encoding: Encoding | None = None
     scores: tuple[Any, ...] = ()
     branches: tuple[Branch, ...] = ()
-    carry: Any = None
+    carry: Carry | None = None
     sink: Tensor | None = None
     select: Any = None
     normaliser: str = "softmax"
@@ -74,9 +76,6 @@ class Attention:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("carry",):
-            if getattr(self, name):
-                raise Unsupported(f"Attention({name}=...) is not built yet; leave it out.")
         if self.normaliser != "softmax":
             raise Unsupported(f"The normaliser {self.normaliser!r} is not built yet; 'softmax' is.")
         if not 0.0 <= self.dropout < 1.0:
@@ -84,6 +83,7 @@ class Attention:
         if not isinstance(self.pattern, Pattern):
             raise ConfigError(f"pattern must be a Pattern, such as ringctx.patterns.causal(); got {type(self.pattern).__name__}.")
         self._check_branches()
+        self._check_carry()
         if self.select is not None and not hasattr(self.select, "select"):
             raise ConfigError(f"select must be a Selector, such as those of ringctx.methods.selectors; got {self.select!r}.")
         if self.select is not None and self.branches:
@@ -102,6 +102,15 @@ class Attention:
         if self.branches and self.encoding is not None:
             raise ConfigError("Attention was given an encoding and branches, which have an encoding each; leave `encoding` out.")
         check_disjoint(self.branches)
+
+    def _check_carry(self) -> None:
+        if self.carry is None:
+            return
+        if not isinstance(self.carry, Carry):
+            raise ConfigError(f"carry must be a Carry, such as ringctx.methods.selective.Selective(); got {self.carry!r}.")
+        for name in ("branches", "select"):
+            if getattr(self, name):
+                raise Unsupported(f"A carry grows from head 0's logits under one encoding and one pattern; leave {name} or carry out.")
 
     @property
     def seen(self) -> Pattern:
@@ -142,7 +151,7 @@ class Attention:
         """Equal for attentions that differ only in the numbers inside their tensors."""
         scores = tuple(described(s) if _has_params(s) else s for s in self.scores)
         sink = None if self.sink is None else tuple(self.sink.shape)
-        return (self.pattern, tuple(b.content for b in self.branches), scores, sink, self.dropout, self.scale)
+        return (self.pattern, tuple(b.content for b in self.branches), self.carry, scores, sink, self.dropout, self.scale)
 
     def text(self) -> str:
         """The same on every rank for equal keys, and different for different ones, as far as patterns and scores print their content."""
@@ -150,13 +159,14 @@ class Attention:
         sink = None if self.sink is None else tuple(self.sink.shape)
         branches = ", ".join(f"{b.pattern!r} by {_content(b.encoding)}" for b in self.branches)
         select = None if self.select is None else described(self.select)
-        parts = f"{self.pattern!r}, branches ({branches}), scores {scores}, sink {sink}, select {select}"
+        parts = f"{self.pattern!r}, branches ({branches}), carry {self.carry!r}, scores {scores}, sink {sink}, select {select}"
         return f"{parts}, dropout {self.dropout!r}, scale {self.scale!r}"
 
     def __str__(self) -> str:
         says = lambda s: str(s) if _prints(s, "__str__") else described(s)
         branches = [f"branches ({'; '.join(map(str, self.branches))})"] if self.branches else []
         parts = [str(self.pattern), *branches, *map(says, self.scores)]
+        parts += [] if self.carry is None else [str(self.carry)]
         parts += [] if self.select is None else [f"select {self.select}"]
         parts += ["sink"] * (self.sink is not None) + [f"dropout {self.dropout}"] * (self.dropout > 0)
         parts += [f"scale {self.scale}"] * (self.scale is not None)

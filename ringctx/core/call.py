@@ -13,8 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ringctx.core import loop, pass_q
+from ringctx.core import loop, pass_q, relay
 from ringctx.core.attention import Attention
+from ringctx.core.carried import CarriedWork
+from ringctx.core.carry import carry_problem
 from ringctx.core.choose import TRANSPORTS, Choice, Shape, choose
 from ringctx.core.compute import HeadGroup, Work, head_groups
 from ringctx.core.header import Facts, agree
@@ -25,7 +27,7 @@ from ringctx.core.plan import Plan, make_plan, wanted
 from ringctx.core.ring import Ring
 from ringctx.core.sums import Sum
 from ringctx.core.tiles import forget_tiles
-from ringctx.errors import ConfigError, LayoutError, RingctxError
+from ringctx.errors import ConfigError, LayoutError, RingctxError, Unsupported
 from ringctx.kernels.base import accumulation_dtype
 
 
@@ -61,7 +63,10 @@ class Route:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One way of calling ring_attention. train: whether a backward will follow (it counts in the choice of transport)."""
+    """One way of calling ring_attention. train: whether a backward will follow (it counts in the choice of transport).
+
+    measure: whether a carry's memory is wanted. has_start: whether the last of params is what this rank's keys carried before.
+    """
 
     ring: Ring
     layout: Layout
@@ -71,6 +76,8 @@ class Call:
     kernel: str
     train: bool
     train_params: bool = False
+    measure: bool = False
+    has_start: bool = False
     routes: dict[Shape, Route] = field(default_factory=dict)
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor) -> RingctxError | None:
@@ -108,7 +115,15 @@ class Call:
             )
         if sink is not None and len(sink) != q.shape[2]:
             return LayoutError(f"The sink has {len(sink)} logits, but there are {q.shape[2]} query heads; give one each.")
-        return self._branches_problem(q, k) or self._scores_problem(q.shape[2], q.device)
+        return self._branches_problem(q, k) or self._scores_problem(q.shape[2], q.device) or self._carry_problem(q.shape[2])
+
+    def _carry_problem(self, num_heads: int) -> RingctxError | None:
+        if self.attention.carry is None:
+            return None
+        if self.train and self.has_start:
+            return Unsupported("What keys carried before a call has no gradient; give `carry` under torch.no_grad(), or leave it out.")
+        layouts = self.layout, self.key_layout
+        return carry_problem(self.attention.pattern, num_heads, layouts, self.transport, self.ring.heads)
 
     def _branches_problem(self, q: Tensor, k: Tensor) -> RingctxError | None:
         """Ask every branch for the encoding of no token: one that does not fit the width says so before anything moves."""
@@ -159,7 +174,18 @@ class Call:
             "seed": seed,
             "batch offset": batch_offset,
             "training": self.train,
+            "carry given": self.has_start,
         }
+
+    def way(self, route: Route, work: CarriedWork) -> relay.Way:
+        """How keys travel with what they carry."""
+        assert isinstance(route.plan, Plan)
+        return relay.Way(self.ring, self.layout, self.key_layout, route.plan, work)
+
+    def kept_sizes(self, route: Route) -> list[int]:
+        """Of a call with a carry: how many numbers a batch row each kept tensor has."""
+        way = self.way(route, CarriedWork(self.attention, route.groups, (), self.kernel, 0, 0))
+        return relay.kept_sizes(way) * self.train + [self.key_layout.count(self.ring.rank)] * self.has_start
 
     def route(self, q: Tensor, k: Tensor, v: Tensor) -> Route:
         """How tensors of these shapes travel."""
@@ -190,7 +216,7 @@ def _route(ring: Ring, layout: Layout, key_layout: Layout, attention: Attention,
         transport = "rotate" if transport in ("auto", "heads") else transport
     elif transport == "auto":
         if ring.heads == 1:
-            choice = choose(patterns, layout, key_layout, shape, ring.nodes)
+            choice = choose(patterns, layout, key_layout, shape, ring.nodes, *([()] if attention.carry else []))
             transport = choice.transport
     members = ring.size if transport == "heads" else ring.heads
     q_heads, k_heads = shares(shape.h, shape.g, members)
@@ -204,7 +230,7 @@ def _route(ring: Ring, layout: Layout, key_layout: Layout, attention: Attention,
     groups = head_groups(attention, shape.h, shape.g, q_heads[me], k_heads[me].start) if q_heads[me] else ()
     patterns = tuple(g.pattern for g in groups)
     if transport == "auto":  # inside each head group the same choice, since all heads count
-        choice = choose(tuple(g.pattern for g in whole), trades[0].inner, trades[1].inner, shape, inner.nodes, heads_allowed=False)
+        choice = choose(tuple(g.pattern for g in whole), trades[0].inner, trades[1].inner, shape, inner.nodes, ("pass_q",))
     within = "rotate" if transport == "heads" else choice.transport if choice else transport
     plan = _plan(patterns, trades[0].inner, trades[1].inner, circle, within, inner.nodes)
     return Route(within, members, groups, inner, trades[0].inner, trades[1].inner, q_heads, k_heads, trades, plan, choice)
@@ -220,20 +246,41 @@ def _plan(
 
 def forward(
     call: Call, q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], seed: int, batch_offset: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """out (b s h e), lse (b s h), and what backward wants kept besides: the traded q, k, v, out, lse, or nothing."""
-    problem = call.problem(q, k, v)
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """out (b s h e), lse (b s h), a carry's memory (b s) or an empty tensor, and what is kept besides.
+
+    Kept for backward: the traded q, k, v, out, lse; what keys carried where chunks met them. And what they carry now, if asked.
+    """
+    problem = call.problem(q, k, v) or (start_problem(params[-1], k) if call.has_start else None)
     try:
         route = None if problem else call.route(q, k, v)
         if route:
-            work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset, call.train_params)
+            work = _work(call, route, params, seed, batch_offset, call.train_params)
             work.check(route.plan.all_tiles, q, v.shape[3], call.train)
     except RingctxError as error:
         problem = error
     agree(call.ring, call.facts(q, k, v, "forward", seed, batch_offset), problem)
     assert route is not None
     with call.ring.unbroken():
-        return _forward(call, route, work, q, k, v)
+        if isinstance(work, CarriedWork):
+            start = params[-1] if call.has_start else None
+            out, lse, memory, met, now = relay.forward(call.way(route, work), q, k, v, start, call.measure)
+            return out, lse, memory, [x.data for x in met] * call.train + [now] * call.has_start
+        out, lse, kept = _forward(call, route, work, q, k, v)
+        return out, lse, lse.new_empty(0), kept
+
+
+def start_problem(start: Tensor, k: Tensor) -> RingctxError | None:
+    """Why this tensor cannot be what keys k (b n g d) carried before, or None."""
+    shape, dtype = tuple(k.shape[:2]), accumulation_dtype(k.dtype)
+    if tuple(start.shape) == shape and start.dtype == dtype:
+        return None
+    return LayoutError(f"carry is a number per key of this rank, {shape} in {dtype}; got {tuple(start.shape)} in {start.dtype}.")
+
+
+def _work(call: Call, route: Route, params: list[Tensor], seed: int, batch_offset: int, need_param_grads: bool) -> Work:
+    kind = Work if call.attention.carry is None else CarriedWork
+    return kind(call.attention, route.groups, params, call.kernel, seed, batch_offset, need_param_grads)
 
 
 def _forward(call: Call, route: Route, work: Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -259,6 +306,7 @@ def backward(
     call: Call,
     dout: Tensor,
     dlse: Tensor | None,
+    dmemory: Tensor | None,
     saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     kept: list[Tensor],
     params: list[Tensor],
@@ -268,12 +316,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """dq, dk, dv with the shapes and dtype of q, k, v = saved[:3], and this rank's share of each param's gradient."""
     q, k, v, out, lse = saved
-    facts = {**call.facts(q, k, v, "backward", seed, batch_offset), "gradient of lse": dlse is not None}
+    given = {"gradient of lse": dlse is not None, "gradient of memory": dmemory is not None}
+    facts = {**call.facts(q, k, v, "backward", seed, batch_offset), **given}
     agree(call.ring, facts)
     with call.ring.unbroken():
         route = call.route(q, k, v)
-        work = Work(call.attention, route.groups, params, call.kernel, seed, batch_offset, need_param_grads)
-        if route.trades is None:
+        work = _work(call, route, params, seed, batch_offset, need_param_grads)
+        if isinstance(work, CarriedWork):
+            way = call.way(route, work)
+            rows = (dout.to(q.dtype), q, out, lse.masked_fill(lse == -torch.inf, 0.0), dlse, dmemory)
+            dq, dk, dv = (x.narrow().contiguous() for x in relay.backward(way, rows, k, v, way.packed(kept)))
+        elif route.trades is None:
             dq, dk, dv = (x.narrow().contiguous() for x in _run_backward(work, route, dout, dlse, q, k, v, out, lse))
         else:
             exchange = HeadGroupExchange(call.ring, route.members)

@@ -62,13 +62,17 @@ class Choice:
 
 @lru_cache(maxsize=512)
 def choose(
-    patterns: tuple[Pattern, ...], layout: Layout, key_layout: Layout, shape: Shape, nodes: int = 1, heads_allowed: bool = True
+    patterns: tuple[Pattern, ...],
+    layout: Layout,
+    key_layout: Layout,
+    shape: Shape,
+    nodes: int = 1,
+    others: tuple[str, ...] = ("heads", "pass_q"),
 ) -> Choice:
-    """The transport with the fewest bytes among the balanced ones."""
+    """The transport with the fewest bytes among the balanced ones; others: those that move more than keys and may be taken."""
     world = World(patterns, layout, key_layout, nodes)
-    options = [_rotate(world, shape), _fetch(world, shape), _gather(world, shape), _pass_q(world, shape)]
-    if heads_allowed:
-        options.insert(3, _heads(world, shape))
+    options = [_rotate(world, shape), _fetch(world, shape), _gather(world, shape)]
+    options += [count(world, shape) for name, count in (("heads", _heads), ("pass_q", _pass_q)) if name in others]
     limit = BALANCE * min(o.imbalance for o in options)
     best = min((o for o in options if o.imbalance <= limit), key=lambda o: o.bytes)
     return Choice(best.transport, tuple(options))

@@ -240,7 +240,7 @@ class Work:
             causal=verdict == CAUSAL,
             mask=verdict == PARTIAL,
             elementwise=bool(attention.elementwise),
-            bias=bool(attention.additive),
+            bias=bool(attention.additive or attention.carry),
             bias_grad=backward and self.need_param_grads and bool(attention.additive),
             dropout=attention.dropout > 0,
             backward=backward,
@@ -252,18 +252,25 @@ class Work:
         kinds = {(kind, n) for visit in tiles for n, rows in enumerate(visit) for t in rows for kind in (FULL, t[0])}
         for verdict, n in sorted(kinds):  # plain tiles first, asked on every rank: what no tile is taken for all refuse alike
             group = self.groups[n]
-            for way in (False, True)[: 1 + backward]:
+            for way in (False, True)[: 1 + (backward and not self.attention.carry)]:  # a carry has a backward of its own
                 self.choose(verdict, q, len(group.rows), len(group.keys), e, way)
 
     def _tile(
         self, group: HeadGroup, tile: Tile, q: Tensor, k: Tensor, v: Tensor, queries: Ranges, keys: Ranges, backward: bool = False
     ) -> tuple[Kernel, TileScores]:
         verdict, a, b, c, d = tile
+        scores = self._scores(group, tile, q, queries, keys, backward)
+        few = backward and q.dtype.itemsize >= 4 and (b - a) * (d - c) <= FEW_PAIRS
+        return self.choose(verdict, q, q.shape[2], k.shape[2], v.shape[3], backward, few), scores
+
+    def _scores(self, group: HeadGroup, tile: Tile, q: Tensor, queries: Ranges, keys: Ranges, backward: bool) -> TileScores:
+        """What happens to the logits of this tile's heads; q (b s . d) of all of this rank's queries."""
+        verdict, a, b, c, d = tile
         attention = self.attention
         grad = backward and self.need_param_grads and bool(attention.additive)
         where = lambda: (indices_of(queries, q.device)[a:b], indices_of(keys, q.device)[c:d])  # many tiles never ask
         heads = torch.tensor(group.heads, device=q.device)
-        scores = TileScores(
+        return TileScores(
             scale=scale_of(attention, q.shape[3]),
             causal=verdict == CAUSAL,
             mask=(lambda: _seen(group.pattern, take(queries, [(a, b)]), take(keys, [(c, d)]), q.device)) if verdict == PARTIAL else None,
@@ -272,8 +279,6 @@ class Work:
             bias_grad=(lambda dbias: self._bias_grad(dbias, heads, *where())) if grad else None,
             keep=(lambda: self._keep(q.shape[0], heads, *where())) if attention.dropout > 0 else None,
         )
-        few = backward and q.dtype.itemsize >= 4 and (b - a) * (d - c) <= FEW_PAIRS
-        return self.choose(verdict, q, q.shape[2], k.shape[2], v.shape[3], backward, few), scores
 
     def _score_params(self) -> list[tuple[int, tuple[Tensor, ...]]]:
         at, found = int(self.attention.sink is not None), []

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ringctx.core.attention import Attention
-from ringctx.core.call import Call
+from ringctx.core.call import Call, start_problem
+from ringctx.core.carried import CarriedWork, Meeting, strips
+from ringctx.core.carry import Chunk, carry_problem
 from ringctx.core.compute import Encoded, HeadGroup, Work, head_groups
 from ringctx.core.explicit import Keys
 from ringctx.core.header import agree, share
@@ -24,7 +26,7 @@ from ringctx.core.select import narrowed, select_problem, sight_of
 from ringctx.core.tiles import Tile
 from ringctx.core.tiles import tiles as tiles_of
 from ringctx.core.visiting import attend_here, check, empty, encoded, whole
-from ringctx.errors import LayoutError, RingctxError, Unsupported
+from ringctx.errors import ConfigError, LayoutError, RingctxError, Unsupported
 
 _DEFAULT = Attention()
 
@@ -38,6 +40,7 @@ def decode_attention(
     ring: Ring,
     attention: Attention = _DEFAULT,
     key_indices: Tensor | None = None,
+    carry: Tensor | None = None,
 ) -> Tensor:
     """Attention of the newest tokens over a cache that is spread over the ring. All ranks must call this together.
 
@@ -45,21 +48,26 @@ def decode_attention(
       -> out (b n_q h e) in q's dtype, bitwise equal on every rank.
     key_indices: after eviction, which token each slot of k and v holds, int64 (b g n), -1 where a slot is empty; then n may be
     anything, and key_layout only says where the sequence ends.
+    carry: of an attention with one, what this rank's keys carry, (b n) in the accumulation dtype; added to in place, so that it is ready
+    for the next call. Keep a copy to take new tokens back.
     No backward: it is for inference. Raises LayoutError, Unsupported, RanksDisagree, RankLost.
     """
-    if key_indices is not None:
+    if key_indices is not None and carry is None:
         parts = [Keys(tuple(range(k.shape[2])), k, v, key_indices)]
         return decode_explicit(q, parts, length=key_layout.length, ring=ring, attention=attention)[0]
-    return decode_with_lse(q, k, v, key_layout=key_layout, ring=ring, attention=attention)[0]
+    if key_indices is not None:
+        raise Unsupported("Keys at explicit indices carry nothing; pass key_layout, which may have gaps, and no key_indices.")
+    return decode_with_lse(q, k, v, key_layout=key_layout, ring=ring, attention=attention, carry=carry)[0]
 
 
 def decode_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, ring: Ring, attention: Attention = _DEFAULT
+    q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, ring: Ring, attention: Attention = _DEFAULT, carry: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` and the lse (b n_q h) of its rows, the sink included, in the accumulation dtype."""
     queries = Layout(((range(max(0, key_layout.length - q.shape[1]), key_layout.length),), *((),) * (key_layout.size - 1)))
     call = Call(ring, queries, key_layout, attention, "auto", "auto", train=False)
-    agree(ring, call.facts(q, k, v, "decode", 0, 0) | {"new tokens": q.shape[1]}, _problem(q, k, v, key_layout, ring, attention))
+    problem = _problem(q, k, v, key_layout, ring, attention) or _carry_problem(q, k, queries, ring, attention, carry)
+    agree(ring, call.facts(q, k, v, "decode", 0, 0) | {"new tokens": q.shape[1]}, problem)
     rows, keys = queries.spans[0], key_layout.spans[ring.rank]
     if attention.encoding is not None:
         q = attention.encoding.queries(q, queries.indices(0, q.device))
@@ -68,11 +76,25 @@ def decode_with_lse(
         attention = narrowed(q, k, sight_of(ring, queries, key_layout, attention, k.shape[3], decoding=True), attention)
     with torch.no_grad(), ring.unbroken():
         groups = head_groups(attention, q.shape[2], k.shape[2])
-        work = Work(attention, groups, [p.detach() for p in attention.params()], "auto", 0, 0)
+        params = [p.detach() for p in attention.params()]
+        if carry is not None:
+            return _decode_carried(CarriedWork(attention, groups, params, "auto", 0, 0), ring, q, rows, k, v, keys, carry)
+        work = Work(attention, groups, params, "auto", 0, 0)
         totals = work.empty(q, v.shape[3])
         if keys:
             _attend(work, totals, q, rows, k, v, keys)
         return work.whole(_reduce(ring, totals), q, v.shape[3])
+
+
+def _decode_carried(
+    work: CarriedWork, ring: Ring, q: Tensor, rows: Ranges, k: Tensor, v: Tensor, keys: Ranges, carry: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Every rank has all new queries, in order, so what they give to its own keys needs no message."""
+    totals = work.empty(q, v.shape[3])
+    if keys:
+        tiles = strips(tiles_of(work.attention.pattern, rows, keys), Chunk(0, 0, q.shape[1], rows[0]))
+        work.attend(totals[0], None, Meeting.of(work, q, rows, k, v, keys), tiles, carry)
+    return work.whole(_reduce(ring, totals), q, v.shape[3])
 
 
 def decode_explicit(q: Tensor, parts: Sequence[Keys], *, length: int, ring: Ring, attention: Attention) -> tuple[Tensor, Tensor]:
@@ -103,6 +125,16 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, key_layout: Layout, ring: Ring, at
     if q.shape[1] > key_layout.length:
         return LayoutError(f"q has {q.shape[1]} tokens, but the key layout ends at {key_layout.length}; append the new tokens to it first.")
     return select_problem(attention, q, key_layout.length, train=False)
+
+
+def _carry_problem(q: Tensor, k: Tensor, queries: Layout, ring: Ring, attention: Attention, carry: Tensor | None) -> RingctxError | None:
+    """Why nothing can be carried while decoding, or None."""
+    if (carry is None) != (attention.carry is None):
+        given, wants = ("a carry", "has none") if attention.carry is None else ("no carry", f"has {attention.carry}")
+        return ConfigError(f"decode_attention was given {given}, and the attention {wants}; pass what this rank's keys carry, or neither.")
+    if carry is None:
+        return None
+    return carry_problem(attention.pattern, q.shape[2], (queries,), "rotate", ring.heads) or start_problem(carry, k)
 
 
 def _attend(work: Work, totals: list[Partial], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges) -> None:

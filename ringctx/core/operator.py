@@ -27,16 +27,25 @@ MOST_UNTRAINED = 256
 
 
 def number_of(
-    ring: Ring, layout: Layout, key_layout: Layout, attention: Attention, transport: str, kernel: str, train: bool, train_params: bool
+    ring: Ring,
+    layout: Layout,
+    key_layout: Layout,
+    attention: Attention,
+    transport: str,
+    kernel: str,
+    train: bool,
+    train_params: bool,
+    measure: bool = False,
+    has_start: bool = False,
 ) -> int:
     """The number of this way of calling; equal calls share one, whatever numbers their tensors hold."""
-    key = (layout, key_layout, attention.key(), transport, kernel, train, train_params)
+    key = (layout, key_layout, attention.key(), transport, kernel, train, train_params, measure, has_start)
     if key not in ring.kept:
         untrained = [k for k, (_, call) in ring.kept.items() if not call.train]
         if len(untrained) >= MOST_UNTRAINED:  # a cache that grows makes a new layout for every chunk
             for old in untrained:
                 del ring.kept[old]
-        number, call = next(_next), Call(ring, layout, key_layout, attention, transport, kernel, train, train_params)
+        number, call = next(_next), Call(ring, layout, key_layout, attention, *key[3:])
         ring.kept[key], _calls[number] = (number, call), call
     return int(ring.kept[key][0])
 
@@ -51,30 +60,35 @@ def forget(ring: Ring, number: int) -> None:
 @torch.library.custom_op("ringctx::attention", mutates_args=())
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], call: int, seed: int, batch_offset: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Forward: out, lse, and what backward wants kept."""
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Forward: out, lse, a carry's memory, and what is kept."""
     return calls.forward(_calls[call], q, k, v, params, seed, batch_offset)
 
 
 @attention_op.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, params: list[Tensor], call: int, seed: int, batch_offset: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-    route = _calls[call].route(q, k, v)
-    if route.trades is None or not _calls[call].train:
-        return out, lse, []
+    this = _calls[call]
+    route = this.route(q, k, v)
+    memory = lse.new_empty(q.shape[:2] if this.measure else 0)
+    if this.attention.carry is not None:
+        return out, lse, memory, [lse.new_empty(q.shape[0], n) for n in this.kept_sizes(route)]
+    if route.trades is None or not this.train:
+        return out, lse, memory, []
     b, (queries, keys) = q.shape[0], route.trades
-    me = _calls[call].ring.rank % route.members
+    me = this.ring.rank % route.members
     m, n, h, g = sum(queries.counts), sum(keys.counts), len(route.q_heads[me]), len(route.k_heads[me])
     q_, k_, v_ = q.new_empty(b, m, h, q.shape[3]), k.new_empty(b, n, g, k.shape[3]), v.new_empty(b, n, g, v.shape[3])
-    return out, lse, [q_, k_, v_, q.new_empty(b, m, h, v.shape[3]), lse.new_empty(b, m, h)]
+    return out, lse, memory, [q_, k_, v_, q.new_empty(b, m, h, v.shape[3]), lse.new_empty(b, m, h)]
 
 
 @torch.library.custom_op("ringctx::attention_backward", mutates_args=())
 def backward_op(
     dout: Tensor,
     dlse: Tensor | None,
+    dmemory: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -88,13 +102,14 @@ def backward_op(
     need_param_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Backward: dq, dk, dv and the params' gradients."""
-    return calls.backward(_calls[call], dout, dlse, (q, k, v, out, lse), kept, params, seed, batch_offset, need_param_grads)
+    return calls.backward(_calls[call], dout, dlse, dmemory, (q, k, v, out, lse), kept, params, seed, batch_offset, need_param_grads)
 
 
 @backward_op.register_fake
 def _(
     dout: Tensor,
     dlse: Tensor | None,
+    dmemory: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -113,18 +128,20 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     q, k, v, params, ctx.call, ctx.seed, ctx.batch_offset = inputs
-    out, lse, kept = output
+    out, lse, _, kept = output
     ctx.num_kept = len(kept)
     ctx.save_for_backward(q, k, v, out, lse, *kept, *params)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dkept: object) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dmemory: Tensor | None, dkept: object) -> tuple[Any, ...]:
     q, k, v, out, lse, *rest = ctx.saved_tensors
     kept, params = rest[: ctx.num_kept], rest[ctx.num_kept :]
     dout = torch.zeros_like(out) if dout is None else dout
     need = _calls[ctx.call].train_params
-    dq, dk, dv, dparams = backward_op(dout, dlse, q, k, v, out, lse, kept, params, ctx.call, ctx.seed, ctx.batch_offset, need)
+    dmemory = dmemory if _calls[ctx.call].measure else None
+    slopes = dout, dlse, dmemory
+    dq, dk, dv, dparams = backward_op(*slopes, q, k, v, out, lse, kept, params, ctx.call, ctx.seed, ctx.batch_offset, need)
     return dq, dk, dv, dparams if need else [None] * len(params), None, None, None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ringctx.kernels.base import Call, TileScores, accumulation_dtype
-from ringctx.kernels.tricks import is_empty, no_gradient, nothing_seen, require_square, rows_of_lse
+from ringctx.kernels.tricks import exp_, is_empty, no_gradient, nothing_seen, require_square, rows_of_lse
 
 CHUNK_ROWS = 256
 CHUNK_LOGITS = 1 << 24  # 64 MiB in fp32
@@ -45,7 +45,7 @@ class Reference:
             for rows in tile.chunks():
                 logits, _ = tile.logits(rows)
                 top = logits.amax(-1, keepdim=True)
-                weights = (logits - top.masked_fill(top == -math.inf, 0.0)).exp_()
+                weights = exp_(logits - top.masked_fill(top == -math.inf, 0.0))
                 total = weights.sum(-1, keepdim=True)
                 lse[:, rows] = (top + total.log()).squeeze(-1).transpose(1, 2)
                 kept = weights / total.masked_fill(total == 0.0, 1.0)
@@ -76,7 +76,7 @@ class Reference:
         biased = tile.whole_gradient()
         for rows in tile.chunks():
             logits, slope = tile.logits(rows, with_slope=True)
-            p = (logits - _column(lse[:, rows])).exp_()
+            p = exp_(logits - _column(lse[:, rows]))
             grad_rows = tile.group(dout[:, rows].transpose(1, 2))
             keep = None if tile.keep is None else tile.keep[:, :, rows]
             dv += tile.group(p if keep is None else p * keep).mT @ grad_rows
@@ -108,7 +108,7 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, scores: TileScores) -> Tensor
         whole = lse.to(tile.dtype).masked_fill(lse == -math.inf, 0.0)
         for rows in tile.chunks():
             logits, _ = tile.logits(rows)
-            total += (logits - _column(whole[:, rows])).exp_().sum(2)
+            total += exp_(logits - _column(whole[:, rows])).sum(2)
         return total
 
 

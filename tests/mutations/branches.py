@@ -53,8 +53,8 @@ BRANCHES = (
     Mutation(
         "branches_unsaid",
         CORE + "attention.py",
-        "branches ({branches}), scores",
-        "scores",
+        "branches ({branches}), carry",
+        "carry",
         "ranks with other branches are not told",
         (RANKS + "test_ranks_with_other_branches_are_told[frequency]",),
     ),

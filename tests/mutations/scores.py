@@ -32,7 +32,7 @@ HEADS_AND_SCORES = (
     Mutation(
         "rotary_restarts",
         CORE + "entry.py",
-        "attention.encoding.keys(k, key_layout.indices(ring.rank, k.device))",
+        "attention.encoding.keys(k, key_layout.indices(rank, k.device))",
         "attention.encoding.keys(k, torch.arange(k.shape[1]))",
         "keys are rotated by their place on their rank",
         exact("rotary"),

@@ -80,8 +80,8 @@ SUMS = (
     Mutation(
         "dlse_dropped",
         CORE + "operator.py",
-        "backward_op(dout, dlse, q,",
-        "backward_op(dout, None, q,",
+        "slopes = dout, dlse, dmemory",
+        "slopes = dout, None, dmemory",
         "a loss that uses lse loses that part of its gradient",
         exact("merge"),
     ),

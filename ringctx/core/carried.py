@@ -1,0 +1,171 @@
+"""What one rank computes when keys carry a number: tiles row by row, each giving to the keys that later rows meet.
+
+Knows tiles and the attention; knows nothing of messages. `sums` (b n) is what visiting keys carry: the sum of what all earlier
+queries gave them; a chunk's tiles, in ascending order of rows, add to it. Backward walks the same tiles in descending order, with
+the sum of what later rows took.
+Source: Leviathan, Kalman & Matias 2024 (Selective Attention, arXiv 2410.02703); the tile form and its backward are ours:
+dF = -sum_h dA^h, dS_rj = sum of dF_ij over i > r, dL0 += slope(L0) dS.
+Letters: b batch, s query tokens here, n visiting keys, h query heads, g key heads, d key width, e value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ringctx.core.carry import Carry, Chunk, spared
+from ringctx.core.compute import HeadGroup, Work
+from ringctx.core.layout import Ranges, indices_of
+from ringctx.core.partial import Partial
+from ringctx.core.pattern import FULL
+from ringctx.core.sums import Sum
+from ringctx.core.tiles import Line, Tile, pieces
+from ringctx.kernels.base import TileScores
+from ringctx.kernels.carried import Driving, after, backward, before, less
+
+SIDE = 512
+"""Most rows and keys of a tile: smaller ones pay dispatch, larger ones leave the cache (docs/results/selective)."""
+
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""dout, q, out, lse (0 where a row sees nothing), dlse or None, dmemory or None."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Queries of this rank and the keys that visit. q (b s h d), k (b n g d), encoded; v (b n g e), None where only head 0 counts."""
+
+    q: Tensor
+    queries: Ranges
+    k: Tensor
+    v: Tensor | None
+    keys: Ranges
+    spared: Tensor
+
+    @classmethod
+    def of(cls, work: CarriedWork, q: Tensor, queries: Ranges, k: Tensor, v: Tensor | None, keys: Ranges) -> Meeting:
+        return cls(q, queries, k, v, keys, spared(work.attention.pattern, indices_of(keys, q.device)))
+
+    def strictly_earlier(self, tile: Tile) -> Tensor | None:
+        """Pairs of the tile whose key comes before the query: bool (q k), or None where all do."""
+        verdict, a, b, c, d = tile
+        if verdict == FULL and Line(self.queries).hull(a, b)[0][0] > Line(self.keys).hull(c, d)[0][-1]:
+            return None
+        i, j = indices_of(self.queries, self.q.device)[a:b], indices_of(self.keys, self.q.device)[c:d]
+        return j < i[:, None]
+
+
+def strips(tiles: Sequence[Tile], chunk: Chunk) -> list[Tile]:
+    """The tiles of a chunk's queries in small pieces, ascending by row."""
+    cut = []
+    for verdict, a, b, c, d in tiles:
+        begin, end = max(a, chunk.begin), min(b, chunk.end)
+        if begin < end:
+            cut += pieces((verdict, begin, end, c, d), SIDE)
+    return sorted(cut, key=lambda tile: tile[1])
+
+
+@dataclass
+class CarriedWork(Work):
+    """Work whose attention has a carry; all heads see alike. driving: head 0 alone."""
+
+    driving: HeadGroup = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.driving = HeadGroup((0,), (0,), (0,), self.attention.pattern)
+
+    @property
+    def carry(self) -> Carry:
+        carry = self.attention.carry
+        assert isinstance(carry, Carry)
+        return carry
+
+    # -- the three ways over a chunk's tiles ------------------------------------------------------------------------
+
+    def give(self, meeting: Meeting, tiles: Sequence[Tile], sums: Tensor) -> None:
+        """Add to sums (b n) what these tiles' queries give."""
+        for tile in tiles:
+            sums[:, tile[3] : tile[4]] += self._drive(meeting, tile)[0].given().sum(1)
+
+    def attend(self, total: Partial, memory: Tensor | None, meeting: Meeting, tiles: Sequence[Tile], sums: Tensor) -> None:
+        """Merge attention into total, add to sums (b n) what was given, and to memory (b s) what of each key was not forgotten."""
+        q, k, v = meeting.q, meeting.k, meeting.v
+        assert v is not None
+        for tile in tiles:
+            verdict, a, b, c, d = tile
+            driving, earlier, scores = self._drive(meeting, tile)
+            given = driving.given()
+            taken = sums[:, None, c:d] + before(given)
+            kernel = self.choose(verdict, q, q.shape[2], k.shape[2], v.shape[3], False)
+            out, lse = kernel.forward(q[:, a:b], k[:, c:d], v[:, c:d], replace(scores, bias=less(scores.bias, taken)))
+            total.rows(a, b).merge_(out, lse)
+            if memory is not None:
+                kept = 1 - taken.clamp(max=self.carry.tau) / self.carry.tau
+                memory[:, a:b] += (kept if earlier is None else kept.masked_fill(~earlier, 0.0)).sum(2)
+            sums[:, c:d] += given.sum(1)
+
+    def retreat(self, grads: tuple[Sum, Sum, Sum], rows: Rows, meeting: Meeting, tiles: Sequence[Tile], sums: Tensor) -> Tensor:
+        """Add to grads = dq (b s h d), dk, dv as if no later chunk took anything; returns what this chunk's rows took, (b n).
+
+        sums (b n): what the keys carried when the chunk met them.
+        """
+        dout, q, out, lse, dlse, dmemory = rows
+        starts, sums = [], sums.clone()
+        for tile in tiles:
+            starts.append(sums[:, None, tile[3] : tile[4]].clone())
+            self.give(meeting, [tile], sums)
+        later = torch.zeros_like(sums)
+        v = meeting.v
+        assert v is not None
+        for tile, start in zip(reversed(tiles), reversed(starts), strict=True):
+            _, a, b, c, d = tile
+            driving, earlier, scores = self._drive(meeting, tile, backward=True)
+            taken = start + before(driving.given())
+            of_rows = (dout[:, a:b], q[:, a:b], meeting.k[:, c:d], v[:, c:d], out[:, a:b], lse[:, a:b])
+            dq, dk, dv, dtaken = backward(*of_rows, scores, taken, None if dlse is None else dlse[:, a:b])
+            if dmemory is not None:
+                forgets = taken < self.carry.tau if earlier is None else (taken < self.carry.tau) & earlier
+                dtaken -= forgets * (dmemory[:, a:b, None] / self.carry.tau)
+            grads[0].add(dq, (a, b))
+            grads[1].add(dk, (c, d))
+            grads[2].add(dv, (c, d))
+            self._drive_back(grads[0], grads[1], driving, tile, later[:, None, c:d] + after(dtaken))
+            later[:, c:d] += dtaken.sum(1)
+        return later
+
+    def correct(self, dq: Sum, dk: Sum, meeting: Meeting, tiles: Sequence[Tile], later: Tensor) -> None:
+        """Add to dq (b s 1 d) and dk (b n 1 d) of head 0 what later chunks took from the keys, later (b n)."""
+        for tile in tiles:
+            driving = self._drive(meeting, tile, backward=True)[0]
+            self._drive_back(dq, dk, driving, tile, later[:, None, tile[3] : tile[4]])
+
+    # -- one tile ---------------------------------------------------------------------------------------------------
+
+    def _drive(self, meeting: Meeting, tile: Tile, backward: bool = False) -> tuple[Driving, Tensor | None, TileScores]:
+        """Head 0 in this tile, where keys are seen and earlier (b|1 q k) or None for everywhere, and the scores of all heads."""
+        _, a, b, c, d = tile
+        q, k = meeting.q[:, a:b], meeting.k[:, c:d]
+        scores = self._scores(self.groups[0], tile, meeting.q, meeting.queries, meeting.keys, backward)
+        if scores.mask is not None:
+            seen = scores.mask()
+            scores = replace(scores, mask=lambda: seen)
+        earlier = meeting.strictly_earlier(tile)
+        if scores.mask is not None:
+            of_head = seen[(None,) * (4 - seen.dim())][:, 0]
+            earlier = of_head if earlier is None else earlier & of_head
+        elif earlier is not None:
+            earlier = earlier[None]
+        where, first = earlier, meeting.spared[:, None, c:d]
+        if bool(first.any()):
+            where = ~first if earlier is None else earlier & ~first
+        of_driving = self._scores(self.driving, tile, meeting.q, meeting.queries, meeting.keys, backward)
+        return Driving(q, k, of_driving, self.carry, where), earlier, scores
+
+    def _drive_back(self, dq: Sum, dk: Sum, driving: Driving, tile: Tile, dgiven: Tensor) -> None:
+        _, a, b, c, d = tile
+        of_q, of_k = driving.grads(dgiven)
+        dq.add(of_q, (a, b), (0,))
+        dk.add(of_k, (c, d), (0,))
