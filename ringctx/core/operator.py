@@ -129,6 +129,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     q, k, v, params, ctx.call, ctx.seed, ctx.batch_offset = inputs
     out, lse, _, kept = output
+    ctx.held = _calls[ctx.call]  # so that a ring which the caller dropped lives until its backward
     ctx.num_kept = len(kept)
     ctx.save_for_backward(q, k, v, out, lse, *kept, *params)
     ctx.set_materialize_grads(False)
@@ -138,8 +139,8 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, dmemory: Tenso
     q, k, v, out, lse, *rest = ctx.saved_tensors
     kept, params = rest[: ctx.num_kept], rest[ctx.num_kept :]
     dout = torch.zeros_like(out) if dout is None else dout
-    need = _calls[ctx.call].train_params
-    dmemory = dmemory if _calls[ctx.call].measure else None
+    need = ctx.held.train_params
+    dmemory = dmemory if ctx.held.measure else None
     slopes = dout, dlse, dmemory
     dq, dk, dv, dparams = backward_op(*slopes, q, k, v, out, lse, kept, params, ctx.call, ctx.seed, ctx.batch_offset, need)
     return dq, dk, dv, dparams if need else [None] * len(params), None, None, None

@@ -16,19 +16,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ringctx.asked.attention import encoding_of, warn_if_long
+from ringctx.asked.layers import layers_of
 from ringctx.config import Config, GenerationConfig
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
+from ringctx.device import device_of, dtype_of, keep_freed_memory, peak_memory
 from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, shards, trained_of, turn, wrap
 from ringctx.methods import extend
 from ringctx.runtime.answer import Abandoned, Answer, Folders, Listener, Seconds
-from ringctx.runtime.asked import encoding_of, warn_if_long
 from ringctx.runtime.budget import Shape, choose
 from ringctx.runtime.cache import KVCache
-from ringctx.runtime.device import device_of, dtype_of, keep_freed_memory, peak_memory
 from ringctx.runtime.evict import Evictor, evictor_of
-from ringctx.runtime.layers import layers_of
 from ringctx.runtime.prompts import Prompts
 from ringctx.runtime.reading import QUESTION_ROOM, Reading
 from ringctx.runtime.recall import heads_of, recall

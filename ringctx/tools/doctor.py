@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from ringctx.device import has_native_bfloat16
 from ringctx.kernels import REGISTRY
 from ringctx.kernels.base import Call
 from ringctx.runtime import weights
-from ringctx.runtime.device import has_native_bfloat16
 
 PACKAGES = {
     "transformers": "`ringctx generate` and wrapped models; pip install 'ringctx[huggingface]'",

@@ -12,12 +12,12 @@ from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 
+from ringctx.asked.layers import layers_of
 from ringctx.config import parse
 from ringctx.core.ring import Ring
 from ringctx.huggingface import wrap
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.engine import Engine
-from ringctx.runtime.layers import layers_of
 from ringctx.tools.eval.density import density
 from tests.pool import Pool
 from tests.reading import read_and_write

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -149,3 +151,11 @@ def test_explain_says_which_transport_and_why_and_sends_nothing(pool):
     for text in pool.run(explained, size=2):
         assert "rule: fewest bytes" in text
         assert "→" in text
+
+
+def test_a_ring_that_its_owner_dropped_lives_until_the_backward():
+    q, k, v, dout = (x.requires_grad_() for x in whole())
+    out = ring_attention(q, k, v, ring=Ring.alone(), layout=Layout.contiguous(S, 1))
+    gc.collect()
+    grads = torch.autograd.grad(out, (q, k, v), dout.detach())
+    assert all(bool(grad.isfinite().all()) for grad in grads)

@@ -11,11 +11,11 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from ringctx.asked.selecting import KINDS, selecting  # noqa: E402
 from ringctx.config import parse  # noqa: E402
 from ringctx.core.layout import Layout  # noqa: E402
 from ringctx.huggingface import wrap  # noqa: E402
 from ringctx.runtime.cache import KVCache  # noqa: E402
-from ringctx.runtime.selecting import KINDS, selecting  # noqa: E402
 from ringctx.tools.eval.density import density  # noqa: E402
 from tests.pool import Pool  # noqa: E402
 

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 
+from ringctx.asked.attention import attention_of
 from ringctx.config import AttentionConfig, BranchesConfig, parse
 from ringctx.core.attention import Attention
 from ringctx.core.layout import Layout
@@ -22,7 +23,6 @@ from ringctx.huggingface.families import attention_modules
 from ringctx.methods.branches import dual_chunk, rerope, streaming
 from ringctx.methods.rotary import Rotary
 from ringctx.patterns import causal, window
-from ringctx.runtime.asked import attention_of
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.engine import Engine
 from ringctx.testing import dense

@@ -175,12 +175,12 @@ def test_an_override_sets_a_list_as_a_whole():
 
 pytest.importorskip("transformers")
 
+from ringctx.asked.layers import layers_of  # noqa: E402
 from ringctx.core.ring import Ring  # noqa: E402
 from ringctx.errors import Unsupported  # noqa: E402
 from ringctx.patterns import causal, per_head, sinks, window  # noqa: E402
 from ringctx.runtime.answer import Folders  # noqa: E402
 from ringctx.runtime.engine import Engine  # noqa: E402
-from ringctx.runtime.layers import layers_of  # noqa: E402
 from ringctx.runtime.losses import token_losses  # noqa: E402
 from ringctx.tools.eval.density import density  # noqa: E402
 from tests.tiny import tiny  # noqa: E402

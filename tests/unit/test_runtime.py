@@ -11,13 +11,14 @@ import torch
 
 pytest.importorskip("transformers")
 
+from ringctx import device
+from ringctx.asked.attention import attention_of
 from ringctx.config import AttentionConfig, dump, parse
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
-from ringctx.runtime import device, weights
 from ringctx.runtime import engine as runtime_engine
+from ringctx.runtime import weights
 from ringctx.runtime.answer import Listener
-from ringctx.runtime.asked import attention_of
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.engine import Engine
 from ringctx.runtime.stream import Stream

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ringctx import Attention, ConfigError, Layout, Ring, Unsupported, explain
+from ringctx.asked.selecting import KINDS, selecting, selector_of
 from ringctx.config import parse
 from ringctx.core.select import Selector, Sight
 from ringctx.methods.selectors import AShape, FlexPrefill, Moba, Quest, Representatives, Sparge, VerticalSlash, XAttention, flex_prefill
 from ringctx.methods.selectors.summaries import largest, within_share
 from ringctx.patterns import blocks, causal
-from ringctx.runtime.selecting import KINDS, selecting, selector_of
 from ringctx.testing import dense, golden_inputs
 
 N = 64

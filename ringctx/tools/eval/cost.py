@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ringctx.runtime.device import peak_memory
+from ringctx.device import peak_memory
 from ringctx.runtime.engine import Engine
 from ringctx.runtime.talk import share
 from ringctx.tools.eval import watch

@@ -9,12 +9,12 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from ringctx.asked.attention import attention_of
+from ringctx.asked.selecting import selecting, selector_of
 from ringctx.config import AttentionConfig, LayersConfig
 from ringctx.config_layers import Parts, by_layer
 from ringctx.core.attention import Attention
 from ringctx.patterns import per_head
-from ringctx.runtime.asked import attention_of
-from ringctx.runtime.selecting import selecting, selector_of
 
 
 def layers_of(asked: AttentionConfig | tuple[LayersConfig, ...], model: Any) -> Attention | dict[int, Attention] | None:
