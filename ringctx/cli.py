@@ -178,7 +178,7 @@ def serve(typed: Typed, config: Path, ranks: int | None, host: str | None, port:
 @click.option("--seed", type=int, multiple=True, help="Of what is drawn and where the text begins; 0 by default, may be repeated.")
 @click.option(
     "--wording", multiple=True,
-    help="Of needles: plain, diary, passkey, letter, ledger, notice, parcel, plate, lottery; may be repeated.",
+    help="Of needles: plain, diary, passkey, letter, ledger, notice, parcel, plate, lottery, bell, library; may be repeated.",
 )  # fmt: skip
 @click.option("--count", type=int, help="Needles, or variables (chains, with --hops), 4 by default; heads to choose, 8 by default.")
 @click.option("--hops", type=int, help="How often a variable's value is handed on; 0 by default.")

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ NEW_TOKENS = 64
 LENGTHS = [500 + (7500 - 500) * n // 9 for n in range(10)]
 
 
-def engine_of(ring: Ring, dtype: str) -> Engine:
+def engine_of(ring: Ring, dtype: str, overrides: Sequence[str] = ()) -> Engine:
     """The main job's engine, which never ends a text before its time."""
-    engine = Engine.load(load(CONFIG, (f"model.dtype={dtype}", f"generation.max_new_tokens={NEW_TOKENS}")), ring)
+    engine = Engine.load(load(CONFIG, (f"model.dtype={dtype}", f"generation.max_new_tokens={NEW_TOKENS}", *overrides)), ring)
     engine.model.generation_config.eos_token_id = -1
     return engine
 
@@ -76,15 +76,15 @@ def reference(dtype: str, lengths: list[int]) -> None:
         print(f"transformers, {dtype}, {n} tokens: done", flush=True)
 
 
-def ours(dtype: str, lengths: list[int]) -> None:
+def ours(dtype: str, lengths: list[int], overrides: list[str]) -> None:
     """Run on the ranks that torchrun started; rank 0 appends one line a prompt to the results."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", "1"))))
     with Ring.from_env(timeout=300) as ring:
-        engine = engine_of(ring, dtype)
+        engine = engine_of(ring, dtype, overrides)
         for n, prompt in zip(lengths, prompts(engine, lengths), strict=True):
             tokens, logits = _recorded(engine, prompt)
             if ring.rank == 0:
-                row = compare(dtype, n, ring.size, tokens, logits)
+                row = compare(dtype, n, ring.size, tokens, logits) | {"set": overrides}
                 with (FOLDER / "results.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
@@ -146,24 +146,31 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 3, 4])
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
+    parser.add_argument(
+        "--set", action="append", default=[], help="a key of the configuration, such as cache.spill=FOLDER; may be repeated"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     if given.worker:
-        ours(given.dtype, given.lengths)
+        ours(given.dtype, given.lengths, given.set)
         return 0
     torch.set_num_threads(os.cpu_count() or 1)
     reference(given.dtype, given.lengths)
+    asked = lambda row: row["dtype"] == given.dtype and row["set"] == given.set
     for ranks in given.ranks:
-        done = {r["length"] for r in results() if r["ranks"] == ranks and r["dtype"] == given.dtype}
+        done = {r["length"] for r in results() if r["ranks"] == ranks and asked(r)}
         missing = [str(n) for n in given.lengths if n not in done]
         if missing:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "tests.parity"]
             threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
             subprocess.run(
-                [*launcher, "--worker", "--dtype", given.dtype, "--lengths", *missing], check=True, cwd=ROOT, env=os.environ | threads
+                [*launcher, "--worker", "--dtype", given.dtype, "--lengths", *missing, *(f"--set={one}" for one in given.set)],
+                check=True,
+                cwd=ROOT,
+                env=os.environ | threads,
             )
-    rows = sorted((r for r in results() if r["dtype"] == given.dtype), key=lambda r: (r["ranks"], r["length"]))
+    rows = sorted(filter(asked, results()), key=lambda r: (r["ranks"], r["length"]))
     for r in rows:
         verdict = "equal" if r["equal"] else f"differs at token {r['first_difference']} (gap {r['gap_there']:.2e})"
         counted = f", not counted {r['not_counted']}" if r["not_counted"] else ""

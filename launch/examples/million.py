@@ -1,14 +1,18 @@
-"""Read a text of more than a million tokens over the ring with three numbers hidden in it, then ask for each of them.
+"""Read a text of more than a million tokens over the ring with three numbers hidden in it, then ask for each of them and for a story.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node=2 launch/examples/million.py [CHARACTERS] [KEY.SUB=VALUE ...]
 
-CHARACTERS: how much of the King James Bible to read; all of it by default. Prints a line of JSON a question.
+CHARACTERS: how much of the King James Bible to read; all of it by default. Prints a line of JSON a question; `later`: median seconds
+from one piece of the answer to the next, from the first on.
 """
 
 import gzip
+import itertools
 import json
 import random
+import statistics
 import sys
+import time
 from pathlib import Path
 
 from ringctx import Ring
@@ -21,9 +25,10 @@ from ringctx.tools.eval.wordings import WORDINGS
 
 HERE = Path(__file__).parent
 NEEDLES = (("plain", 0.1), ("diary", 0.5), ("notice", 0.9))
+STORY = "Tell the story of the flood at length, in your own words."
 
 characters, overrides = (int(sys.argv[1]), sys.argv[2:]) if sys.argv[1:] else (None, [])
-config = load(HERE.parent.parent / "configs" / "smollm2_million.yaml", ("generation.max_new_tokens=16", *overrides))
+config = load(HERE.parent.parent / "configs" / "smollm2_million.yaml", ("generation.max_new_tokens=64", *overrides))
 text = gzip.decompress((HERE.parent / "documents" / "kjv.txt.gz").read_bytes()).decode()[:characters]
 draw = random.Random(7)
 numbers = {name: str(draw.randint(10_000, 99_999)) for name, _ in NEEDLES}
@@ -46,10 +51,14 @@ with Ring.from_env(timeout=config.ring.timeout) as ring, anonymous() as memory:
         "mapped": reading.cache.mapped_bytes,
         "sent": dict(ring.traffic.sent),
     }
-    for name, depth in NEEDLES:
-        wording = WORDINGS[name]
-        beginning = engine.tokenizer(wording.beginning.format(of=""), add_special_tokens=False).input_ids
-        prompt = [*reading.tokens, *engine.prompts.ending(text, wording.question.format(of="")), *beginning]
-        answer = engine.answer(reading, prompt)
-        facts = {"depth": depth, "number": numbers[name], **answer.json(), "anonymous": memory.bytes, "read": read}
+    asked = [
+        (depth, numbers[name], WORDINGS[name].question.format(of=""), WORDINGS[name].beginning.format(of="")) for name, depth in NEEDLES
+    ]
+    for depth, number, question, beginning in [*asked, (None, None, STORY, "")]:
+        begun = engine.tokenizer(beginning, add_special_tokens=False).input_ids
+        pieces: list[float] = []
+        told = Listener(text=lambda _, pieces=pieces: pieces.append(time.perf_counter()))
+        answer = engine.answer(reading, [*reading.tokens, *engine.prompts.ending(text, question), *begun], told)
+        later = statistics.median(b - a for a, b in itertools.pairwise(pieces)) if len(pieces) > 1 else None
+        facts = {"depth": depth, "number": number, "later": later, **answer.json(), "anonymous": memory.bytes, "read": read}
         print(f"[rank {ring.rank}] {json.dumps(facts)}", flush=True)

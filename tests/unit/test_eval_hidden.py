@@ -178,7 +178,7 @@ def test_programs_differ_by_seed_and_mix_their_chains():
 
 @pytest.mark.parametrize(
     ("said", "is_correct"),
-    [(" 12345.", True), ("\n12345", True), ("12345", True), (" a 12345", False), (" 1234", False), (" 123456", False)],
+    [(" 12345.", True), ("\n12345", True), ("12345", True), (' "12345" ', True), (" a 12345", False), (" 1234", False), (" 123456", False)],
 )
 def test_correct_when_the_answer_begins_with_the_number_alone(monkeypatch, said, is_correct):
     assert is_number(said, "12345") is is_correct

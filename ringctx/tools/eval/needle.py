@@ -15,7 +15,7 @@ from ringctx.tools.eval.wordings import NAMES, WORDINGS
 COMMON = (
     "in text that begins at a place drawn from seed and length. The prompt, with the model's chat template and the answer's "
     f"beginning, has `length` tokens, or up to {SLACK} fewer; prompt_tokens says how many. Correct: the answer begins with "
-    "the number and no further digit. density: from the patterns, of the prompt."
+    "the number and no further digit; quotation marks and the like may come before it. density: from the patterns, of the prompt."
 )
 ONE = f"A number of five digits at the sentence end nearest to the depth (in characters), {COMMON}"
 SEVERAL = (

@@ -94,8 +94,8 @@ def hide(sentences: tuple[tuple[float, str], ...], text: str) -> str:
 
 
 def is_number(answer: str, number: str) -> bool:
-    """True when the answer begins with this number and no further digit."""
-    found = re.match(r"\s*(\d+)", answer)
+    """True when the answer begins with this number and no further digit; spaces, quotation marks and the like may come before it."""
+    found = re.match(r"\W*(\d+)", answer)
     return found is not None and found[1] == number
 
 

@@ -60,9 +60,19 @@ WORDINGS = {
         "Which number had the ticket that won the lottery{of}?",
         "The ticket that won the lottery{of} had the number",
     ),
+    "bell": Wording(
+        "The great bell of the town hall{of} weighs {number} pounds.",
+        "How many pounds does the great bell of the town hall{of} weigh?",
+        "The great bell of the town hall{of} weighs",
+    ),
+    "library": Wording(
+        "The shelves of the new library{of} hold {number} books.",
+        "How many books do the shelves of the new library{of} hold?",
+        "The shelves of the new library{of} hold",
+    ),
 }
 """By name, the default first."""
-HELD_OUT = ("parcel", "plate", "lottery")
+HELD_OUT = ("parcel", "plate", "lottery", "bell", "library")
 """Wordings to report with: nothing in this project, no list of heads either, was chosen by them."""
 TO_TUNE = tuple(name for name in WORDINGS if name not in HELD_OUT)
 """The others."""
