@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,8 +27,9 @@ from ringctx.core.tiles import Line, Tile, pieces
 from ringctx.kernels.base import TileScores
 from ringctx.kernels.carried import Driving, after, backward, before, less
 
-SIDE = 512
-"""Most rows and keys of a tile: smaller ones pay dispatch, larger ones leave the cache (docs/results/selective)."""
+SIDE, SIDE_FUSED = 512, 2048
+"""Most rows and keys of a tile: smaller ones pay dispatch, larger ones leave the cache (docs/results/selective); and of one that
+one kernel computes, whose size on a GPU is a guess."""
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """dout, q, out, lse (0 where a row sees nothing), dlse or None, dmemory or None."""
@@ -57,13 +59,13 @@ class Meeting:
         return j < i[:, None]
 
 
-def strips(tiles: Sequence[Tile], chunk: Chunk) -> list[Tile]:
-    """The tiles of a chunk's queries in small pieces, ascending by row."""
+def strips(tiles: Sequence[Tile], chunk: Chunk, side: int = SIDE) -> list[Tile]:
+    """The tiles of a chunk's queries in pieces of at most `side` rows and keys, ascending by row."""
     cut = []
     for verdict, a, b, c, d in tiles:
         begin, end = max(a, chunk.begin), min(b, chunk.end)
         if begin < end:
-            cut += pieces((verdict, begin, end, c, d), SIDE)
+            cut += pieces((verdict, begin, end, c, d), side)
     return sorted(cut, key=lambda tile: tile[1])
 
 
@@ -83,6 +85,15 @@ class CarriedWork(Work):
         assert isinstance(carry, Carry)
         return carry
 
+    def fused(self, q: Tensor) -> ModuleType | None:
+        """The kernel that computes a whole tile at once, sums included, where there is one for queries such as q."""
+        plain = self.kernel == "auto" and not (self.attention.elementwise or self.attention.additive or self.attention.dropout)
+        if not (plain and self.carry.rectifies):
+            return None
+        from ringctx.kernels import triton_carried
+
+        return triton_carried if triton_carried.why_not(str(q.device), q.dtype) is None else None
+
     # -- the three ways over a chunk's tiles ------------------------------------------------------------------------
 
     def give(self, meeting: Meeting, tiles: Sequence[Tile], sums: Tensor) -> None:
@@ -94,8 +105,14 @@ class CarriedWork(Work):
         """Merge attention into total, add to sums (b n) what was given, and to memory (b s) what of each key was not forgotten."""
         q, k, v = meeting.q, meeting.k, meeting.v
         assert v is not None
+        fused = self.fused(q) if memory is None else None
         for tile in tiles:
             verdict, a, b, c, d = tile
+            if fused is not None:
+                out, lse, given = fused.forward(q[:, a:b], k[:, c:d], v[:, c:d], *self._fusing(meeting, tile, sums[:, c:d]))
+                total.rows(a, b).merge_(out, lse)
+                sums[:, c:d] += given
+                continue
             driving, earlier, scores = self._drive(meeting, tile)
             given = driving.given()
             taken = sums[:, None, c:d] + before(given)
@@ -120,18 +137,23 @@ class CarriedWork(Work):
         later = torch.zeros_like(sums)
         v = meeting.v
         assert v is not None
+        fused = self.fused(q) if dmemory is None else None
         for tile, start in zip(reversed(tiles), reversed(starts), strict=True):
             _, a, b, c, d = tile
+            of_rows = (dout[:, a:b], q[:, a:b], meeting.k[:, c:d], v[:, c:d], out[:, a:b], lse[:, a:b])
+            of_lse = None if dlse is None else dlse[:, a:b]
+            if fused is not None:
+                dq, dk, dv, took = fused.backward(*of_rows, of_lse, *self._fusing(meeting, tile, start[:, 0]), later[:, c:d])
+                self._add(grads, (dq, dk, dv), tile)
+                later[:, c:d] += took
+                continue
             driving, earlier, scores = self._drive(meeting, tile, backward=True)
             taken = start + before(driving.given())
-            of_rows = (dout[:, a:b], q[:, a:b], meeting.k[:, c:d], v[:, c:d], out[:, a:b], lse[:, a:b])
-            dq, dk, dv, dtaken = backward(*of_rows, scores, taken, None if dlse is None else dlse[:, a:b])
+            dq, dk, dv, dtaken = backward(*of_rows, scores, taken, of_lse)
             if dmemory is not None:
                 forgets = taken < self.carry.tau if earlier is None else (taken < self.carry.tau) & earlier
                 dtaken -= forgets * (dmemory[:, a:b, None] / self.carry.tau)
-            grads[0].add(dq, (a, b))
-            grads[1].add(dk, (c, d))
-            grads[2].add(dv, (c, d))
+            self._add(grads, (dq, dk, dv), tile)
             self._drive_back(grads[0], grads[1], driving, tile, later[:, None, c:d] + after(dtaken))
             later[:, c:d] += dtaken.sum(1)
         return later
@@ -163,6 +185,20 @@ class CarriedWork(Work):
             where = ~first if earlier is None else earlier & ~first
         of_driving = self._scores(self.driving, tile, meeting.q, meeting.queries, meeting.keys, backward)
         return Driving(q, k, of_driving, self.carry, where), earlier, scores
+
+    def _fusing(self, meeting: Meeting, tile: Tile, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]:
+        """What the fused kernel takes beside q, k and v: indices, sums (b k), who is spared (b|1 k), the scale and the mask."""
+        _, a, b, c, d = tile
+        scores = self._scores(self.groups[0], tile, meeting.q, meeting.queries, meeting.keys, False)
+        i, j = indices_of(meeting.queries, meeting.q.device)[a:b], indices_of(meeting.keys, meeting.q.device)[c:d]
+        return i, j, sums, meeting.spared[:, c:d], scores.scale, None if scores.mask is None else scores.mask()
+
+    @staticmethod
+    def _add(grads: tuple[Sum, Sum, Sum], parts: tuple[Tensor, Tensor, Tensor], tile: Tile) -> None:
+        """Add a tile's dq, dk, dv."""
+        _, a, b, c, d = tile
+        for total, part, tokens in zip(grads, parts, ((a, b), (c, d), (c, d)), strict=True):
+            total.add(part, tokens)
 
     def _drive_back(self, dq: Sum, dk: Sum, driving: Driving, tile: Tile, dgiven: Tensor) -> None:
         _, a, b, c, d = tile

@@ -28,6 +28,8 @@ class Carry(Gives, Protocol):
 
     tau: float
     """F from which a key counts as forgotten, where memory is measured."""
+    rectifies: bool
+    """Whether `gives` is relu, which a kernel that computes whole tiles knows."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ In packed documents each document has a first token of its own, which is never m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Selective:
     """
 
     tau: float = 1.0
+    rectifies: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.tau > 0:

@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ringctx import Attention, Layout, ring_attention
 from ringctx.errors import Unsupported
 from ringctx.kernels import triton_carried
 from ringctx.kernels.triton_carried import backward, forward, why_not
-from ringctx.testing import error, golden_inputs
+from ringctx.methods.selective import Selective
+from ringctx.patterns import causal, window
+from ringctx.testing import dense, error, errors, golden_inputs
+from tests.virtual import run
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `make triton`")
 GPUTarget = triton.backends.compiler.GPUTarget
@@ -295,3 +299,31 @@ def test_every_launch_compiles_for_a_gpu_and_fits_its_shared_memory(monkeypatch,
         assert [x.shape for x in (*grads, given)] == [q.shape, k.shape, v.shape, sums.shape]
         assert {x.dtype for x in (lse, added, *grads, given)} == {torch.float32}
     assert set(machine.kernels) == {"_scan", "_attend", "_scan_back", "_first_back", "_queries_back", "_keys_back"}
+
+
+def of_a_ring(ring, layout, attention, whole):
+    """out, lse, dq, dk, dv of one rank's share."""
+    q, k, v = (layout.shard(x, ring.rank).clone().requires_grad_() for x in whole[:3])
+    out, lse = ring_attention(q, k, v, ring=ring, layout=layout, attention=attention, return_lse=True)
+    slopes = [layout.shard(x, ring.rank) for x in whole[3:]]
+    return out.detach(), lse.detach(), *torch.autograd.grad([out, lse], (q, k, v), slopes)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("pattern", [causal(), causal() & window(9)], ids=str)
+def test_a_ring_computes_its_tiles_with_it(kind, pattern, monkeypatch):
+    calls = []
+    for name in ("forward", "backward"):
+        kernel = getattr(triton_carried, name)
+        monkeypatch.setattr(triton_carried, name, lambda *x, kernel=kernel, name=name: calls.append(name) or kernel(*x))
+    attention = Attention(pattern=pattern, carry=Selective())
+    make = torch.Generator().manual_seed(3)
+    whole = [torch.randn(1, 41, *shape, generator=make) for shape in ((4, 16), (2, 16), (2, 16), (4, 16), (4,))]
+    layout = getattr(Layout, kind)(41, 2)
+    parts = run(of_a_ring, layout, attention, whole, size=2)
+    got = [layout.unshard(list(part)) for part in zip(*parts, strict=True)]
+    q, k, v, dout, dlse = whole
+    found = dict(zip(("out", "lse", "dq", "dk", "dv"), got, strict=True))
+    assert max(errors(dense(attention, q, k, v, dout=dout, dlse=dlse), dout=dout, **found).values()) < 5e-6
+    assert set(calls) == {"forward", "backward"}
