@@ -108,7 +108,8 @@ def doctor(as_json: bool) -> int:
 @click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine, of one thread each; 2 by default.")
 @click.option("--length", "lengths", type=click.IntRange(min=1), multiple=True, help="Tokens in the sequence; may be repeated.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--transport", "transports", multiple=True, default=("rotate", "heads"), show_default=True, help="May be repeated.")
+@click.option("--transport", "transports", multiple=True, help="rotate and heads by default, with a carry rotate; may be repeated.")
+@click.option("--carry", type=click.Choice(["none", "selective"]), default="none", help="Time a carry against the same ring without.")
 @click.option("--kernel", "kernels", multiple=True, default=("auto",), show_default=True, help="Of the ring; may be repeated.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="The median of so many is reported.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -119,6 +120,7 @@ def bench(
     lengths: tuple[int, ...],
     dtype: str,
     transports: tuple[str, ...],
+    carry: str,
     kernels: tuple[str, ...],
     rounds: int,
     as_json: bool,
@@ -129,11 +131,13 @@ def bench(
     with _ring(Config(), ranks, typed.level) as ring:
         import torch
 
+        from ringctx.methods.selective import Selective
         from ringctx.tools import bench
 
         torch.set_num_threads(1)
-        asked = itertools.product(lengths or (2048, 4096, 8192), transports, kernels)
-        cases = [bench.Case(S, getattr(torch, dtype), transport, kernel=kernel) for S, transport, kernel in asked]
+        given = Selective() if carry == "selective" else None
+        asked = itertools.product(lengths or (2048, 4096, 8192), transports or ("rotate", "heads")[: 1 if given else 2], kernels)
+        cases = [bench.Case(S, getattr(torch, dtype), transport, kernel=kernel, carry=given) for S, transport, kernel in asked]
         rows = [row for case in cases if (row := bench.measure(ring, case, rounds)) is not None]
         if ring.rank == 0:
             click.echo(json.dumps({"rows": bench.as_json(rows)}) if as_json else bench.table(rows))

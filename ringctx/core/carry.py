@@ -26,10 +26,13 @@ from ringctx.kernels.carried import Gives
 class Carry(Gives, Protocol):
     """A carry whose number F is a running sum of what head 0's logits give; frozen, hashable, and printed by its content."""
 
-    tau: float
-    """F from which a key counts as forgotten, where memory is measured."""
-    rectifies: bool
-    """Whether `gives` is relu, which a kernel that computes whole tiles knows."""
+    @property
+    def tau(self) -> float:
+        """F from which a key counts as forgotten, where memory is measured."""
+
+    @property
+    def rectifies(self) -> bool:
+        """Whether `gives` is relu, which a kernel that computes whole tiles knows."""
 
 
 @dataclass(frozen=True)

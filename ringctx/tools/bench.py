@@ -3,6 +3,7 @@
 The anchor is one process with as many threads as there are ranks, torch's scaled_dot_product_attention on the whole
 sequence; the ring is that many ranks of one thread each, on the same tensors. Both are timed in turn, in every round, so
 that a machine that slows down slows both; medians are reported. Rank 0 runs the anchor while the others sleep in a receive.
+Of an attention with a carry the anchor is the same ring without it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ringctx.core.attention import Attention
+from ringctx.core.carry import Carry
 from ringctx.core.entry import ring_attention
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Message, Ring
@@ -33,9 +36,16 @@ class Case:
     g: int = 8
     d: int = 64
     kernel: str = "auto"
+    carry: Carry | None = None
+
+    @property
+    def attention(self) -> Attention:
+        """Causal, with the carry."""
+        return Attention(carry=self.carry)
 
     def __str__(self) -> str:
-        return f"{self.transport}{'' if self.kernel == 'auto' else ' ' + self.kernel}, {self.h}:{self.g} heads, d {self.d}"
+        carry = f", {self.carry} against none" if self.carry else ""
+        return f"{self.transport}{'' if self.kernel == 'auto' else ' ' + self.kernel}, {self.h}:{self.g} heads, d {self.d}{carry}"
 
 
 @dataclass(frozen=True)
@@ -64,23 +74,28 @@ def measure(ring: Ring, case: Case, rounds: int) -> Row | None:
     q, k, v, dout = _tensors(case)
     mine = [layout.shard(x, ring.rank) for x in (q, k, v, dout)]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = ring_attention(q, k, v, ring=ring, layout=layout, attention=Attention(), transport=case.transport, kernel=case.kernel)
+    def attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention = case.attention) -> Tensor:
+        out = ring_attention(q, k, v, ring=ring, layout=layout, attention=attention, transport=case.transport, kernel=case.kernel)
         assert isinstance(out, Tensor)
         return out
 
+    plain = partial(attend, attention=Attention())
     ours: list[Times] = []
     anchors: list[Times] = []
-    _timed(attend, mine)  # warm-up: plans, allocator
+    for warmed in (attend, plain):  # plans, allocator
+        _timed(warmed, mine)
     for _ in range(rounds):
         _meet(ring)
         ours.append(_timed(attend, mine))
         _meet(ring)
-        if ring.rank == 0:
+        if case.carry:
+            anchors.append(_timed(plain, mine))
+        elif ring.rank == 0:
             torch.set_num_threads(ring.size)
             anchors.append(_timed(_sdpa, [q, k, v, dout]))
             torch.set_num_threads(1)
     slowest = _slowest(ring, ours)
+    anchors = _slowest(ring, anchors) if case.carry else anchors
     return _row(case, ring.size, slowest, anchors) if ring.rank == 0 else None
 
 

@@ -81,8 +81,10 @@ def test_doctor_says_what_is_here_and_what_is_not(capsys):
     assert all(list(finding) == ["what", "good", "says"] for finding in findings)
 
 
-def test_bench_prints_rows_with_their_pinned_keys(capsys):
-    assert main(["bench", "--ranks", "1", "--length", "64", "--rounds", "1", "--transport", "rotate", "--json"]) == 0
+@pytest.mark.parametrize("carry", ["none", "selective"])
+def test_bench_prints_rows_with_their_pinned_keys(capsys, carry):
+    asked = ["--ranks", "1", "--length", "64", "--rounds", "1", "--transport", "rotate", "--carry", carry]
+    assert main(["bench", *asked, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert {"name", "S", "ranks", "dtype", "forward_ms", "backward_ms", "efficiency", "error"} <= set(row)
 
