@@ -83,7 +83,8 @@ class Driving:
 
 def less(bias: Callable[[], Tensor] | None, taken: Tensor) -> Callable[[], Tensor]:
     """A bias of all heads, less what was taken from them (b q k)."""
-    return lambda: -taken.unsqueeze(1) if bias is None else bias() - taken.unsqueeze(1)
+    taken = -taken.unsqueeze(1)
+    return lambda: taken if bias is None else bias() + taken
 
 
 def backward(
@@ -97,7 +98,7 @@ def backward(
     dtype = accumulation_dtype(q.dtype)
     dtaken = torch.zeros_like(taken)
     dbias = None if scores.bias_grad is None else torch.zeros(q.shape[0], h, *taken.shape[1:], dtype=dtype, device=q.device)
-    made = [None if make is None else make() for make in (scores.mask, scores.bias, scores.keep)]
+    made = [None if make is None else make() for make in (scores.mask, less(scores.bias, taken), scores.keep)]
     parts = []
     for key_head in range(g):
         heads, own = slice(key_head * h // g, (key_head + 1) * h // g), slice(key_head, key_head + 1)
@@ -108,7 +109,7 @@ def backward(
                 dbias[:, heads] = grad
 
         mask, bias, keep = (_maker(x, heads) for x in made)
-        mine = replace(scores, mask=mask, bias=less(bias, taken), keep=keep, bias_grad=collect)
+        mine = replace(scores, mask=mask, bias=bias, keep=keep, bias_grad=collect)
         dout_, q_, out_, lse_ = (x[:, :, heads] for x in (dout, q, out, lse))
         dlse_ = None if dlse is None else dlse[:, :, heads]
         parts.append(Reference().backward(dout_, q_, k[:, :, own], v[:, :, own], out_, lse_, mine, dlse_))
