@@ -15,7 +15,7 @@ from typing import Literal
 import yaml
 
 from ringctx import config_layers
-from ringctx.config_attention import AttentionConfig, BranchesConfig, PositionsConfig, SelectConfig
+from ringctx.config_attention import AttentionConfig, BranchesConfig, CarryConfig, PositionsConfig, SelectConfig
 from ringctx.config_cache import CacheConfig, EvictConfig, RecallConfig
 from ringctx.config_layers import LayersConfig
 from ringctx.errors import ConfigError
@@ -25,6 +25,7 @@ __all__ = [
     "AttentionConfig",
     "BranchesConfig",
     "CacheConfig",
+    "CarryConfig",
     "Config",
     "EvictConfig",
     "GenerationConfig",
@@ -158,6 +159,7 @@ class Config:
             config_layers.check(self.attention)
         self._check_storage()
         self._check_spread()
+        self._check_carry()
         if "{document}" not in self.generation.prompt or "{question}" not in self.generation.prompt:
             raise ConfigError("generation.prompt must hold {document} and {question}; they are replaced by the text and the question.")
         if "" in self.generation.stop:
@@ -174,6 +176,11 @@ class Config:
         return any(block.select.kind != "none" for block in self._blocks)
 
     @property
+    def carries(self) -> bool:
+        """Whether keys of some layer carry what queries said of them."""
+        return any(block.carry.kind != "none" for block in self._blocks)
+
+    @property
     def _blocks(self) -> tuple[AttentionConfig, ...]:
         return self.attention if isinstance(self.attention, tuple) else (self.attention,)
 
@@ -185,11 +192,25 @@ class Config:
             ("cache.evict", self.cache.evict.kind != "none"),
             ("cache.recall", self.cache.recall.blocks > 0),
             ("attention.select", self.selects),
+            ("attention.carry", self.carries),
         ):
             if is_set:
                 raise ConfigError(
                     f"{name} looks at all heads, and model.tensor_parallel leaves each rank some of them; set one of the two."
                 )
+
+    def _check_carry(self) -> None:
+        """What gives keys other neighbours than they were read with is refused where they carry what these said of them."""
+        if not self.carries:
+            return
+        for name, is_set in (("cache.recall", self.cache.recall.blocks > 0), ("cache.evict", self.cache.evict.kind != "none")):
+            if is_set:
+                raise ConfigError(f"{name} keeps some keys without what attention.carry says of them; set one of the two.")
+        if self.layout.kind == "striped":
+            raise ConfigError(
+                "layout.kind striped deals tokens one by one, and attention.carry sums over runs of neighbours; "
+                "set it to zigzag or contiguous."
+            )
 
     def _check_storage(self) -> None:
         storage, page = self.cache.storage, self.cache.page

@@ -163,6 +163,20 @@ class SelectConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CarryConfig:
+    """What queries say of earlier keys, which later queries take into account."""
+
+    kind: Literal["none", "selective"] = "none"
+    """selective: Selective Attention, for models trained with it: what head 0 gives to a key, all later queries subtract."""
+    tau: float = 1.0
+    """The sum at which a key counts as forgotten where memory is measured, as in the memory loss of training."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau < math.inf:
+            raise ConfigError(f"attention.carry.tau is {self.tau}; it must be more than 0, such as the paper's 1.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionConfig:
     """What is attended, on top of the model's own (causal) attention."""
 
@@ -176,8 +190,16 @@ class AttentionConfig:
     """How the model reads on past its trained length: by other distances. window and sinks above narrow what branches see."""
     select: SelectConfig = field(default_factory=SelectConfig)
     """Which keys are worth attending to."""
+    carry: CarryConfig = field(default_factory=CarryConfig)
+    """What queries say of earlier keys."""
 
     def __post_init__(self) -> None:
+        for name in ("branches", "select"):
+            if self.carry.kind != "none" and getattr(self, name).kind != "none":
+                raise ConfigError(
+                    f"attention.carry needs every query to meet every key that it sees once, and attention.{name} changes that; "
+                    "set one of the two."
+                )
         for name, value, least in (("window", self.window, 1), ("sinks", self.sinks, 0)):
             if value is not None and value < least:
                 raise ConfigError(f"attention.{name} is {value}; it must be at least {least}.")

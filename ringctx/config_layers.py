@@ -147,8 +147,8 @@ def _plain(block: LayersConfig) -> AttentionConfig:
 
 
 def _parts(layer: int, of_heads: Sequence[AttentionConfig]) -> Parts:
-    """Heads that ask the same together; they may differ in window and sinks alone."""
-    for key in ("branches", "select"):
+    """Heads that ask the same together; they may differ in window and sinks alone, and where keys carry something not in these."""
+    for key in ("branches", "select", "carry"):
         if len({getattr(block, key) for block in of_heads}) > 1:
             raise ConfigError(
                 f"Heads of layer {layer} differ in attention.{key}, which holds for a whole layer; heads may differ in window and sinks. "
@@ -157,6 +157,11 @@ def _parts(layer: int, of_heads: Sequence[AttentionConfig]) -> Parts:
     groups: dict[AttentionConfig, list[int]] = {}
     for head, block in enumerate(of_heads):
         groups.setdefault(block, []).append(head)
+    if len(groups) > 1 and of_heads[0].carry.kind != "none":
+        raise ConfigError(
+            f"Heads of layer {layer} differ in window or sinks, but attention.carry gives what head 0 sees to all of them; "
+            "give all heads of the layer the same."
+        )
     return tuple((tuple(heads), block) for block, heads in groups.items())
 
 

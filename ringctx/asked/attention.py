@@ -13,6 +13,7 @@ from ringctx.core.attention import Attention
 from ringctx.errors import ConfigError
 from ringctx.methods import branches, extend
 from ringctx.methods.rotary import Rotary
+from ringctx.methods.selective import Selective
 from ringctx.patterns import causal, sinks, window
 
 logger = logging.getLogger(__name__)
@@ -25,12 +26,13 @@ def attention_of(config: AttentionConfig, trained: int | None = None) -> Attenti
 
     trained: tokens that the model was trained on. Raises ConfigError for branches that cannot be, such as chunks beyond that.
     """
-    if config.window is None and config.branches.kind == "none":
+    if config.window is None and config.branches.kind == "none" and config.carry.kind == "none":
         return None
     pattern = causal()
     if config.window is not None:
         pattern &= window(config.window) | sinks(config.sinks) if config.sinks else window(config.window)
-    return Attention(pattern=pattern, branches=branches_of(config.branches, trained))
+    carry = Selective(tau=config.carry.tau) if config.carry.kind == "selective" else None
+    return Attention(pattern=pattern, branches=branches_of(config.branches, trained), carry=carry)
 
 
 def branches_of(config: BranchesConfig, trained: int | None) -> branches.Branches:

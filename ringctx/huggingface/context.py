@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ringctx.core.attention import Attention
 from ringctx.core.decode import decode_explicit, decode_with_lse
-from ringctx.core.entry import ring_attention
+from ringctx.core.entry import carried_attention, ring_attention
 from ringctx.core.explicit import Keys
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
@@ -51,6 +51,12 @@ class Cache(Protocol):
 
     def parts(self, layer: int, attention: Attention | None = None) -> list[Keys]:
         """This rank's keys at explicit indices, rotated where the cache keeps them so, and values."""
+
+    def carry(self, layer: int, spans: Spans | None = None) -> Tensor:
+        """What this rank's keys carry, or those at these positions, (b n)."""
+
+    def carry_on(self, layer: int, carry: Tensor, spans: Spans | None = None) -> None:
+        """Keep what they carry now."""
 
 
 class Evictor(Protocol):
@@ -95,6 +101,8 @@ class Context:
     evictor: Evictor | None = None
     patterns: dict[int, Pattern] = field(default_factory=dict)
     chunks: dict[int, list[tuple[Layout, Pattern]]] = field(default_factory=dict)
+    memories: dict[int, Tensor] = field(default_factory=dict)
+    """Of layers whose keys carry something, without a cache: the latest call's memory (b s), with its gradient (`Carried.memory`)."""
     seconds: float = field(default=0.0)
     """Spent inside attention, waiting for other ranks included (on CPUs; a GPU runs behind)."""
 
@@ -180,15 +188,23 @@ class Context:
 
     def _over(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention, layout: Layout) -> tuple[Tensor, Tensor]:
         """Attention over the ring to this call's tokens, and to all before them if there is a cache: out (b s h d), lse (b s h)."""
-        key_layout = None
+        key_layout = spans = None
         if self.cache is not None:
             self.cache.append(layer, k, v)
             if self.cache.layout != layout:  # a later chunk: the keys of the earlier ones are in the cache
                 key_layout, spans = self._wanted(attention, q.shape[2], layout)
                 k, v = self.cache.read(layer, spans)
-        where = partial(ring_attention, ring=self.ring, layout=layout, key_layout=key_layout, return_lse=True)
-        out, lse = where(q, k, v, attention=attention, transport=self.transport, kernel=self.kernel)
-        return out, lse
+        asked: dict[str, Any] = {"ring": self.ring, "layout": layout, "key_layout": key_layout, "attention": attention}
+        asked |= {"transport": self.transport, "kernel": self.kernel}
+        if attention.carry is None:
+            out, lse = ring_attention(q, k, v, **asked, return_lse=True)
+            return out, lse
+        found = carried_attention(q, k, v, **asked, carry=None if self.cache is None else self.cache.carry(layer, spans))
+        if self.cache is None:
+            self.memories[layer] = found.memory
+        elif found.carry is not None:
+            self.cache.carry_on(layer, found.carry, spans)
+        return found.out, found.lse
 
     def _beside(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention, layout: Layout) -> tuple[Tensor, Tensor]:
         """Attention to this call's tokens, merged with that to what eviction left of those before: out (b s h d), lse (b s h)."""
@@ -235,7 +251,11 @@ class Context:
         if rotated is not None and attention.encoding is not None:
             q, keys = attention.encoding.queries(q, torch.arange(new.start, new.stop, device=q.device)), rotated
             attention = replace(attention, encoding=None)
-        return decode_with_lse(q, keys, values, key_layout=key_layout, ring=self.ring, attention=attention)
+        carry = None if attention.carry is None else self.cache.carry(layer, spans)
+        found = decode_with_lse(q, keys, values, key_layout=key_layout, ring=self.ring, attention=attention, carry=carry)
+        if carry is not None:
+            self.cache.carry_on(layer, carry, spans)
+        return found
 
     def _wanted(self, attention: Attention, num_heads: int, queries: Layout) -> tuple[Layout, Spans]:
         """Of the cached keys those that these queries see: where they live, and this rank's positions. A window leaves most alone."""

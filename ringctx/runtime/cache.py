@@ -18,6 +18,7 @@ from ringctx.core.explicit import Keys, encode_at
 from ringctx.core.layout import Layout, Ranges, indices_of, ranges_of
 from ringctx.core.tiles import Spans
 from ringctx.errors import ConfigError, LayoutError, Unsupported
+from ringctx.kernels.base import accumulation_dtype
 from ringctx.runtime.storage import Mark, Store, open_store
 
 PAGE = 64
@@ -72,6 +73,7 @@ class CacheMark:
     layout: Layout
     grown: int
     parts: tuple[tuple[tuple[_Part, Mark, Mark], ...], ...]
+    carries: dict[int, Tensor]
 
 
 @dataclass
@@ -98,6 +100,7 @@ class KVCache:
     _keep: slice = field(init=False, default_factory=lambda: slice(0, 0))
     _grown: int = field(init=False, default=0)
     _layers: list[list[_Part]] = field(init=False, repr=False)
+    _carries: dict[int, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.page < 1:
@@ -171,11 +174,11 @@ class KVCache:
     def mark(self) -> CacheMark:
         """Where it stands now, for `restore`. What is evicted afterwards stays in memory while the mark is kept."""
         parts = (tuple((replace(part), part.keys.mark(), part.values.mark()) for part in layer) for layer in self._layers)
-        return CacheMark(self._layout, self._grown, tuple(parts))
+        return CacheMark(self._layout, self._grown, tuple(parts), dict(self._carries))
 
     def restore(self, mark: CacheMark) -> None:
         """Drop what came after the mark, and take back what was evicted since, exactly: another question can be asked of it."""
-        self._layout, self._grown, self._keep = mark.layout, mark.grown, slice(0, 0)
+        self._layout, self._grown, self._keep, self._carries = mark.layout, mark.grown, slice(0, 0), dict(mark.carries)
         self._layers = [[replace(part) for part, _, _ in layer] for layer in mark.parts]
         for part, keys, values in (one for layer in mark.parts for one in layer):
             part.keys.restore(keys)
@@ -205,6 +208,31 @@ class KVCache:
         """
         rotated = self._rotate(self._whole(layer), attention)
         return None if rotated is None else _read(rotated, spans)
+
+    def carry(self, layer: int, spans: Spans | None = None) -> Tensor:
+        """What this rank's keys carry, a copy (b n) in the accumulation dtype; of those at these positions, all by default. New keys: 0."""
+        values = self._whole(layer).values
+        have = self._carries.get(layer)
+        if have is None:
+            like = values.read(0, 0)
+            have = like.new_zeros(like.shape[0], 0, dtype=accumulation_dtype(like.dtype))
+        whole = torch.nn.functional.pad(have, (0, values.count - have.shape[1]))
+        return whole if spans is None else torch.cat([whole[:, a:b] for a, b in spans] or [whole[:, :0]], 1)
+
+    def carry_on(self, layer: int, carry: Tensor, spans: Spans | None = None) -> None:
+        """Keep what this rank's keys, or those at these positions, carry now: (b n)."""
+        if spans is not None:
+            whole, at = self.carry(layer), 0
+            for a, b in spans:
+                whole[:, a:b] = carry[:, at : at + b - a]
+                at += b - a
+            carry = whole
+        self._carries[layer] = carry
+
+    @property
+    def carried(self) -> list[int]:
+        """The layers whose keys carry something."""
+        return sorted(self._carries)
 
     def _whole(self, layer: int) -> _Part:
         if self.is_evicted(layer):

@@ -324,8 +324,8 @@ class Engine:
         """One chunk through the model as far as its keys, which go to the cache; what comes after the last of them is left out."""
         cache.extend(layout)
         _, inputs = self.inputs(tokens, layout)
-        whole = self.evictor is not None or self.config.selects  # these judge or count the last layer's attention
-        with self.context.running(layout, cache) if whole else self.context.caching(layout, cache, self.num_layers - 1):
+        needs = self.evictor is not None, self.config.selects, self.config.carries  # these judge, count or sum the last layer's attention
+        with self.context.running(layout, cache) if any(needs) else self.context.caching(layout, cache, self.num_layers - 1):
             self.model.base_model(**inputs, use_cache=False)
 
     def _read(self, prompt: Tensor, layout: Layout, cache: KVCache) -> Tensor:

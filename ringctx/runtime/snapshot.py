@@ -3,8 +3,10 @@
     snapshot.json                            what it was made from, tokens read, parts and their SHA-256; written last
     part-<begin>-<end>-rank<r>.safetensors   what rank r owned of tokens begin..end-1: their indices (n), and of every layer
                                              keys.<layer> before rotation and values.<layer> (n g d)
+    carries-<end>-rank<r>.safetensors        what keys of tokens 0..end-1 on rank r carry: their indices (n) and carry.<layer> (n)
 
-Parts are added, never changed; each file is on disk before it gets its name. A part that snapshot.json does not list is of
+Parts are added, never changed; carries, which later tokens change, are written anew each time. Each file is on disk before it
+gets its name. A part that snapshot.json does not list is of
 a run that broke off, and is written anew. Knows files, indices and ranks.
 """
 
@@ -68,6 +70,7 @@ class Snapshot:
     device: torch.device
     read: int = 0
     parts: list[Part] = field(default_factory=list)
+    carries: list[Part] = field(default_factory=list)
 
     @classmethod
     def new(cls, folder: Path, source: dict[str, Any], ring: Ring, device: torch.device) -> Self:
@@ -96,8 +99,8 @@ class Snapshot:
                 f"The snapshot in {str(folder)!r} was made from {', '.join(differences)}; give what it was made from, "
                 "or leave --resume out and read anew."
             )
-        parts = [Part(**part) for part in found["parts"]]
-        snapshot = cls(folder, source, ring, device, found["read"], parts)
+        parts, carries = ([Part(**part) for part in found.get(name, ())] for name in ("parts", "carries"))
+        snapshot = cls(folder, source, ring, device, found["read"], parts, carries)
         snapshot._together(snapshot._verify, "read")
         return snapshot
 
@@ -109,6 +112,8 @@ class Snapshot:
                 cache.extend(Layout(tuple(tuple(chain(*spans)) for spans in zip(*(x.spans for x in chunks), strict=True))))
                 mine = torch.cat([layout.indices(self.ring.rank) for layout in chunks])
                 self._load(cache, mine, list(parts))
+        if self.carries:
+            self._load_carries(cache)
 
     def save(self, cache: KVCache) -> None:
         """Add what was cached since the last time. Raises ConfigError, on all ranks, when one of them cannot write."""
@@ -116,8 +121,9 @@ class Snapshot:
         if end <= self.read:
             return
         parts = [Part(**part) for part in self._together(lambda: asdict(self._write(cache, end)), "written")]
-        self.read, self.parts = end, [*self.parts, *parts]
-        self._together(lambda: self._list() if self.ring.rank == 0 else None, "written")
+        carries = [Part(**part) for part in self._together(lambda: self._write_carries(cache, end), "written") if part]
+        outdated, self.read, self.parts, self.carries = self.carries, end, [*self.parts, *parts], carries
+        self._together(lambda: self._list(outdated) if self.ring.rank == 0 else None, "written")
 
     def _load(self, cache: KVCache, mine: Tensor, parts: list[Part]) -> None:
         """Append the tokens of these indices (n) from the parts that hold them."""
@@ -137,6 +143,27 @@ class Snapshot:
                 k, v = (x[None].to(self.device) for x in found)
                 cache.append(layer, k, v)
 
+    def _load_carries(self, cache: KVCache) -> None:
+        """What the keys of this rank, all of which were appended, carry."""
+        from safetensors.torch import load_file
+
+        files = [load_file(self.folder / part.file) for part in self.carries]
+        everyone = {name: torch.cat([file[name] for file in files]) for name in files[0]}
+        into, held = _places(everyone.pop("indices"), cache.layout.indices(self.ring.rank))
+        for name, carry in everyone.items():
+            cache.carry_on(int(name.rpartition(".")[2]), carry[held][into.argsort()][None].to(self.device))
+
+    def _write_carries(self, cache: KVCache, end: int) -> dict[str, Any] | None:
+        """This rank's file of what its keys carry, as a Part's fields; None where no layer's do."""
+        from safetensors.torch import save_file
+
+        if not cache.carried:
+            return None
+        tensors = {f"carry.{layer}": cache.carry(layer)[0].cpu() for layer in cache.carried}
+        path = self.folder / f"carries-{end}-rank{self.ring.rank}.safetensors"
+        _put(path, lambda draft: save_file(tensors | {"indices": cache.layout.indices(self.ring.rank)}, draft))
+        return asdict(Part(path.name, _digest_of(path), 0, end))
+
     def _write(self, cache: KVCache, end: int) -> Part:
         """This rank's part: what it owns of tokens read..end-1; those read before come first in its cache."""
         from safetensors.torch import save_file
@@ -151,15 +178,18 @@ class Snapshot:
         _put(path, lambda draft: save_file(tensors, draft))
         return Part(path.name, _digest_of(path), self.read, end)
 
-    def _list(self) -> None:
-        """Write snapshot.json: from now on this is the snapshot."""
-        listed = {"format": FORMAT, "source": self.source, "read": self.read, "parts": [asdict(part) for part in self.parts]}
+    def _list(self, outdated: Sequence[Part]) -> None:
+        """Write snapshot.json: from now on this is the snapshot, and outdated files go."""
+        files = {name: [asdict(part) for part in parts] for name, parts in (("parts", self.parts), ("carries", self.carries))}
+        listed = {"format": FORMAT, "source": self.source, "read": self.read, **files}
         text = json.dumps(listed | {"sha256": _digest(listed)}, indent=1)
         _put(self.folder / NAME, lambda draft: draft.write_text(text, encoding="utf-8"))
+        for part in outdated:
+            (self.folder / part.file).unlink(missing_ok=True)
 
     def _verify(self) -> None:
         """Compare files with their SHA-256: each rank takes its share of them."""
-        for part in self.parts[self.ring.rank :: self.ring.size]:
+        for part in [*self.parts, *self.carries][self.ring.rank :: self.ring.size]:
             if not (self.folder / part.file).is_file():
                 raise ConfigError(
                     f"The snapshot in {str(self.folder)!r} lacks {part.file}; bring the file back, or read the document anew."
@@ -222,6 +252,7 @@ def _attention(config: Config, model: Any) -> dict[str, Any]:
         "attention.sinks": whole.sinks,
         "attention.branches": asdict(whole.branches) if whole.branches.kind != "none" else None,
         "attention.select": asdict(whole.select),
+        "attention.carry": asdict(whole.carry) if whole.carry.kind != "none" else None,
         "attention by layer": _digest(_by_layer(asked, model)) if isinstance(asked, tuple) else None,
     }
 

@@ -73,7 +73,14 @@ def num_chunks_read(ours: Engine, resume: Path, save: Path | None = None) -> tup
 
 @pytest.mark.parametrize(
     "setting",
-    ["layout.kind=zigzag", "layout.kind=striped", "cache.storage=bf16", "cache.save_every=70", "attention.window=40"],
+    [
+        "layout.kind=zigzag",
+        "layout.kind=striped",
+        "cache.storage=bf16",
+        "cache.save_every=70",
+        "attention.window=40",
+        "attention.carry.kind=selective",
+    ],
 )
 def test_a_whole_snapshot_gives_the_same_tokens_after_reading_the_question_alone(setting, tmp_path):
     ours = engine(setting)
@@ -94,13 +101,14 @@ def test_keys_that_a_snapshot_gave_back_are_those_that_were_saved_bit_by_bit(tmp
         assert all(map(torch.equal, first.cache.read(layer), second.cache.read(layer)))
 
 
-def test_a_run_that_broke_off_goes_on_where_it_was(tmp_path):
-    ours = engine()
+@pytest.mark.parametrize("setting", ["attention.carry.kind=none", "attention.carry.kind=selective"])
+def test_a_run_that_broke_off_goes_on_where_it_was(setting, tmp_path):
+    ours = engine(setting)
     uninterrupted = ask(ours).tokens
     with pytest.raises(Crash):
         ask(ours, save=tmp_path, listener=crash_in_chunk(2))
     assert listed(tmp_path)["read"] == 64
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*.safetensors")}
     assert num_chunks_read(ours, tmp_path, save=tmp_path) == (4, uninterrupted)
     assert listed(tmp_path)["read"] == TOKENS
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before  # added to, never changed
