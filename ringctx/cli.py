@@ -240,7 +240,7 @@ def read_document(path: Path) -> str:
 
 def _launch(num_ranks: int, config: Config, typed: Typed) -> int:
     """Run this very command on several ranks. Weights are fetched first, so that the ranks find them."""
-    from ringctx.runtime import weights
+    from ringctx.huggingface import weights
 
     logs.install(level=typed.level)
     if not weights.is_ready(config.model.path):

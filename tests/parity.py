@@ -54,7 +54,7 @@ def reference(dtype: str, lengths: list[int]) -> None:
         return
     from transformers import AutoModelForCausalLM
 
-    from ringctx.runtime.weights import checkpoint
+    from ringctx.huggingface.weights import checkpoint
 
     engine = engine_of(Ring.alone(), dtype)
     model = AutoModelForCausalLM.from_pretrained(checkpoint(engine.config.model.path), dtype=getattr(torch, dtype)).eval()

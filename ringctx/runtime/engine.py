@@ -24,6 +24,7 @@ from ringctx.core.ring import Ring
 from ringctx.device import device_of, dtype_of, keep_freed_memory, peak_memory
 from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, shards, trained_of, turn, wrap
+from ringctx.huggingface.weights import checkpoint
 from ringctx.methods import extend
 from ringctx.runtime.answer import Abandoned, Answer, Folders, Listener, Seconds
 from ringctx.runtime.budget import Shape, choose
@@ -36,7 +37,6 @@ from ringctx.runtime.sampling import Sampler
 from ringctx.runtime.snapshot import Snapshot, source_of
 from ringctx.runtime.stream import Stream
 from ringctx.runtime.talk import broadcast, share
-from ringctx.runtime.weights import checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -30,9 +30,9 @@ from ringctx.config_layers import by_layer
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
+from ringctx.huggingface.weights import checkpoint
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.talk import share
-from ringctx.runtime.weights import checkpoint
 
 FORMAT = 1
 """Of the files; one that is not this is refused."""

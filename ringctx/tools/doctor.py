@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ringctx.device import has_native_bfloat16
+from ringctx.huggingface import weights
 from ringctx.kernels import REGISTRY
 from ringctx.kernels.base import Call
-from ringctx.runtime import weights
 
 PACKAGES = {
     "transformers": "`ringctx generate` and wrapped models; pip install 'ringctx[huggingface]'",

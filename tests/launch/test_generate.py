@@ -53,8 +53,8 @@ def own_tokens(place) -> list[int]:
         patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
         from ringctx.config import load
         from ringctx.core.ring import Ring
+        from ringctx.huggingface.weights import checkpoint
         from ringctx.runtime.engine import Engine
-        from ringctx.runtime.weights import checkpoint
 
         config = load(TINY)
         prompt = torch.tensor([Engine.load(config, Ring.alone()).prompts.whole((place / "text.txt").read_text(), QUESTION)])

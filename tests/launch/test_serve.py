@@ -31,8 +31,8 @@ import openai
 
 from ringctx.config import load
 from ringctx.core.ring import Ring
+from ringctx.huggingface.weights import checkpoint
 from ringctx.runtime.engine import Engine
-from ringctx.runtime.weights import checkpoint
 from tests.launch.test_generate import TINY, environment, pid_of
 
 MODEL = "endless"

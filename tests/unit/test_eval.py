@@ -18,10 +18,13 @@ from ringctx.cli import main  # noqa: E402
 from ringctx.config import parse  # noqa: E402
 from ringctx.core.ring import Ring  # noqa: E402
 from ringctx.errors import ConfigError  # noqa: E402
-from ringctx.huggingface import FAMILIES, wrap  # noqa: E402
+from ringctx.huggingface import (  # noqa: E402
+    FAMILIES,
+    weights,
+    wrap,
+)
 from ringctx.patterns import causal, fixed, sinks, strided, window  # noqa: E402
 from ringctx.runtime import losses as runtime_losses  # noqa: E402
-from ringctx.runtime import weights  # noqa: E402
 from ringctx.runtime.answer import Listener  # noqa: E402
 from ringctx.runtime.engine import Engine  # noqa: E402
 from ringctx.runtime.losses import token_losses  # noqa: E402

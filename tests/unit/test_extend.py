@@ -19,8 +19,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 from ringctx.config import parse  # noqa: E402
 from ringctx.core.ring import Ring  # noqa: E402
 from ringctx.errors import ConfigError, Unsupported  # noqa: E402
+from ringctx.huggingface import weights  # noqa: E402
 from ringctx.methods.extend import Trained, dynamic_ntk, interpolated, longrope, ntk, yarn  # noqa: E402
-from ringctx.runtime import weights  # noqa: E402
 from ringctx.runtime.engine import Engine  # noqa: E402
 
 TRAINED = [Trained(128, 10_000.0, 4096), Trained(64, 500_000.0, 8192), Trained(32, 1_000_000.0, 32_768), Trained(16, 10_000.0, 64)]

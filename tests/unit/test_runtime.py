@@ -16,8 +16,8 @@ from ringctx.asked.attention import attention_of
 from ringctx.config import AttentionConfig, dump, parse
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
+from ringctx.huggingface import weights
 from ringctx.runtime import engine as runtime_engine
-from ringctx.runtime import weights
 from ringctx.runtime.answer import Listener
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.engine import Engine

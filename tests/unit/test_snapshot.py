@@ -19,7 +19,8 @@ from ringctx.config import parse
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.errors import ConfigError
-from ringctx.runtime import snapshot, weights
+from ringctx.huggingface import weights
+from ringctx.runtime import snapshot
 from ringctx.runtime.answer import Answer, Folders, Listener
 from ringctx.runtime.cache import KVCache
 from ringctx.runtime.engine import Engine

@@ -86,11 +86,11 @@ def smollm2(folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config
     tokenizer.backend_tokenizer.pre_tokenizer = _smollm_splits()
-    _save(model, folder)
+    save(model, folder)
     tokenizer.save_pretrained(folder)
 
 
-def _save(model: Any, folder: Path) -> None:
+def save(model: Any, folder: Path) -> None:
     """What save_pretrained writes; that writes nothing on ranks other than 0, and any rank may be the one that makes it."""
     from safetensors.torch import save_model
 
@@ -151,7 +151,7 @@ def random_tiny(folder: Path) -> None:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _save(LlamaForCausalLM(config), folder)
+        save(LlamaForCausalLM(config), folder)
     fast.save_pretrained(folder)
 
 
