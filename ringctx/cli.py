@@ -170,6 +170,29 @@ def serve(typed: Typed, config: Path, ranks: int | None, host: str | None, port:
     return 0
 
 
+@ringctx.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@click.pass_obj
+def train(typed: Typed, config: Path, ranks: int | None, as_json: bool, overrides: tuple[str, ...]) -> int:
+    """Train over the ring; a run that broke off goes on from its newest checkpoint."""
+    loaded = configuration.load(config, overrides)
+    try:
+        from ringctx.training import loop
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"`ringctx train` needs {error.name}, which is not installed; pip install 'ringctx[train]'.") from error
+    loop.check(loaded)
+    if not launch.is_rank() and (ranks or 1) > 1:
+        return launch.run(ranks or 1, typed.arguments) if loaded.training.scratch.layers else _launch(ranks or 1, loaded, typed)
+    with _ring(loaded, ranks, typed.level) as ring:
+        result = loop.train(loaded, ring)
+        if ring.rank == 0:
+            click.echo(json.dumps(result) if as_json else loop.summary(result))
+    return 0
+
+
 @ringctx.command("eval")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option(

@@ -18,6 +18,7 @@ from ringctx import config_layers
 from ringctx.config_attention import AttentionConfig, BranchesConfig, CarryConfig, PositionsConfig, SelectConfig
 from ringctx.config_cache import CacheConfig, EvictConfig, RecallConfig
 from ringctx.config_layers import LayersConfig
+from ringctx.config_training import ScratchConfig, TrainingConfig, VariablesConfig
 from ringctx.errors import ConfigError
 from ringctx.strict import StrictLoader, build, kind_of, override
 
@@ -35,7 +36,10 @@ __all__ = [
     "PositionsConfig",
     "RecallConfig",
     "RingConfig",
+    "ScratchConfig",
     "SelectConfig",
+    "TrainingConfig",
+    "VariablesConfig",
     "dump",
     "load",
     "parse",
@@ -141,6 +145,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
         for name, value, least in (

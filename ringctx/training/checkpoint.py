@@ -1,0 +1,72 @@
+"""Checkpoints: folders step-<n>, each whole or not there, of which the newest is kept.
+
+    step-<n>/   a model and its tokenizer in Hugging Face's form, which `model.path` takes; optimizer.pt; progress.json
+
+Knows files. Rank 0 writes; all ranks see the same folder and read the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ringctx.errors import ConfigError
+from ringctx.huggingface.weights import save as save_model
+from ringctx.training.step import Trainer
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+def newest(out: Path) -> Path | None:
+    """The newest whole checkpoint in the folder, or None."""
+    found = [path for path in out.glob("step-*") if _NAME.fullmatch(path.name)]
+    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+
+
+def save(out: Path, trainer: Trainer, tokenizer: Any, progress: dict[str, Any]) -> Path:
+    """Write the folder of progress["steps"] under another name, give it its own, then remove the older ones."""
+    path = out / f"step-{progress['steps']}"
+    draft = out / f".{path.name}"
+    shutil.rmtree(draft, ignore_errors=True)
+    save_model(trainer.model, draft)
+    tokenizer.save_pretrained(draft)
+    torch.save(trainer.optimizer.state_dict(), draft / "optimizer.pt")
+    (draft / "progress.json").write_text(json.dumps(progress))
+    for file in draft.iterdir():
+        _sync(file)
+    shutil.rmtree(path, ignore_errors=True)
+    draft.replace(path)
+    _sync(out)
+    for old in out.glob("step-*"):
+        if _NAME.fullmatch(old.name) and old != path:
+            shutil.rmtree(old)
+    return path
+
+
+def resume(path: Path, trainer: Trainer, made_from: dict[str, Any]) -> dict[str, Any]:
+    """Load weights and optimizer, return the progress. Raises ConfigError where the run was another one."""
+    from safetensors.torch import load_model
+
+    progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
+    differences = [name for name in made_from if progress["made_from"].get(name) != made_from[name]]
+    if differences:
+        raise ConfigError(
+            f"{str(path.parent)!r} holds a run with other {', '.join(differences)}; set training.out to another folder, or remove this one."
+        )
+    load_model(trainer.model, str(path / "model.safetensors"))
+    trainer.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+    return progress
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

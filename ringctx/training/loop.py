@@ -1,0 +1,203 @@
+"""Loop: steps from the newest checkpoint on, with a log, held-out losses, checkpoints and a picture.
+
+Everything that is written is written by rank 0 into `training.out`:
+    log.jsonl   a line a step and a line a held-out measurement    tensorboard/   the same, for TensorBoard
+    loss.png    the curves    step-<n>/   the newest checkpoint    result.json    what `--json` prints
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ringctx.config import Config
+from ringctx.config_training import TrainingConfig
+from ringctx.core.header import share
+from ringctx.core.layout import Layout
+from ringctx.core.ring import Ring
+from ringctx.device import peak_memory
+from ringctx.training import checkpoint
+from ringctx.training.batch import Batch
+from ringctx.training.data import Data, Pairs, data_of
+from ringctx.training.measure import Measured, held_out
+from ringctx.training.model import check, model_of
+from ringctx.training.picture import draw
+from ringctx.training.step import Taken, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progressed:
+    """What a run has seen so far; it lies in every checkpoint. seconds: spent in steps."""
+
+    loss: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    memory_loss: list[float] = field(default_factory=list)
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def train(config: Config, ring: Ring) -> dict[str, Any]:
+    """Train as the configuration says; returns what `--json` prints. All ranks call it together."""
+    check(config)
+    asked, out = config.training, Path(config.training.out)
+    out.mkdir(parents=True, exist_ok=True)
+    data, trainer = _made(config, ring, out)
+    path, made_from = checkpoint.newest(out), _made_from(config)
+    progress = Progressed()
+    if path is not None:
+        found = checkpoint.resume(path, trainer, made_from)
+        progress = Progressed(**{key.name: found[key.name] for key in dataclasses.fields(Progressed)})
+        logger.info("Going on after step %d of %d, from %s.", len(progress.loss), asked.steps, path)
+    log = Log(out, ring.rank, len(progress.loss))
+    with _bar(ring, len(progress.loss), asked.steps) as bar:
+        for step in range(len(progress.loss), asked.steps):
+            began = time.perf_counter()
+            taken = trainer.step(_batch(config, trainer, data.batch(step)), step)
+            progress.seconds += time.perf_counter() - began
+            _note(progress, taken)
+            log.step(step + 1, taken, trainer.rate(step))
+            bar(taken.loss)
+            if (step + 1) % asked.evaluate_every == 0 or step + 1 == asked.steps:
+                found_now = [held_out(config, trainer, pairs) for pairs in data.held_out().values()]
+                progress.held_out.append({"steps": step + 1, "rows": [dataclasses.asdict(one) for one in found_now]})
+                log.measured(step + 1, found_now)
+            if (step + 1) % asked.save_every == 0 or step + 1 == asked.steps:
+                _save(ring, out, trainer, data, {"steps": step + 1, "made_from": made_from} | dataclasses.asdict(progress))
+    return _result(trainer, out, progress, asked)
+
+
+def _made(config: Config, ring: Ring, out: Path) -> tuple[Data, Trainer]:
+    """Data and model; each needs the other's tokens where it has none of its own."""
+    if config.training.scratch.layers:
+        data = data_of(config.training, out, None)
+        model, context = model_of(config, ring, len(data.tokenizer))
+    else:
+        from transformers import AutoTokenizer
+
+        model, context = model_of(config, ring, None)
+        data = data_of(config.training, out, AutoTokenizer.from_pretrained(model.config._name_or_path, local_files_only=True))
+    count = sum(p.numel() for p in model.parameters())
+    logger.info("%.2f M parameters, %d tokens a step on %d ranks.", count / 1e6, config.training.batch * config.training.context, ring.size)
+    return data, Trainer.of(model, context, config.training)
+
+
+def _batch(config: Config, trainer: Trainer, pairs: Pairs) -> Batch:
+    layout = getattr(Layout, config.layout.kind)(pairs[0].shape[1], trainer.ring.size)
+    return Batch.of(*pairs, layout, trainer.ring.rank, trainer.device)
+
+
+def _made_from(config: Config) -> dict[str, Any]:
+    """What a run must share with the checkpoint that it goes on from; how long and how often may change."""
+    asked: dict[str, Any] = dataclasses.asdict(config.training)
+    for name in ("out", "save_every", "evaluate_every", "held_out"):
+        del asked[name]
+    whole = {"attention": dataclasses.asdict(config)["attention"], "model": dataclasses.asdict(config.model), **asked}
+    found: dict[str, Any] = json.loads(json.dumps(whole))
+    return found
+
+
+def _note(progress: Progressed, taken: Taken) -> None:
+    progress.loss.append(taken.loss)
+    progress.memory_loss.append(taken.memory)
+    progress.grad_norm.append(taken.grad_norm)
+
+
+def _save(ring: Ring, out: Path, trainer: Trainer, data: Data, progress: dict[str, Any]) -> None:
+    if ring.rank == 0:
+        checkpoint.save(out, trainer, data.tokenizer, progress)
+    share(ring, torch.zeros(1), "checkpoint")  # nobody goes on before it is on the disk
+
+
+def _result(trainer: Trainer, out: Path, progress: Progressed, asked: TrainingConfig) -> dict[str, Any]:
+    peaks = share(trainer.ring, torch.tensor([peak_memory(trainer.device)]), "memory")
+    tokens = len(progress.loss) * asked.batch * asked.context
+    result = {
+        "steps": len(progress.loss),
+        "loss": progress.loss,
+        "grad_norm": progress.grad_norm,
+        "memory_loss": progress.memory_loss,
+        "held_out": progress.held_out,
+        "tokens_per_second": tokens / max(progress.seconds, 1e-9),
+        "memory": [int(x) for x in torch.cat(peaks)],
+        "checkpoint": str(out / f"step-{len(progress.loss)}"),
+    }
+    if trainer.ring.rank == 0:
+        (out / "result.json").write_text(json.dumps(result))
+        draw(progress.loss, progress.held_out, out / "loss.png")
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """What a person is told at the end."""
+    last = result["held_out"][-1]["rows"] if result["held_out"] else []
+    said = [f"held out, {one['length']} tokens: loss {one['loss']:.4f}, exact {one['exact']:.1%}" for one in last]
+    speed = f"{result['steps']} steps, {result['tokens_per_second']:,.0f} tokens/s, loss {result['loss'][-1]:.4f}"
+    return "\n".join([speed, *said, f"The model is in {result['checkpoint']}; `model.path` takes it."])
+
+
+class Log:
+    """log.jsonl and TensorBoard; silent on ranks other than 0. What a broken run wrote after its checkpoint is cut off."""
+
+    board: Any
+
+    def __init__(self, out: Path, rank: int, steps: int) -> None:
+        self.path, self.board = out / "log.jsonl", None
+        if rank:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= steps))
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=steps + 1)
+
+    def step(self, number: int, taken: Taken, rate: float) -> None:
+        """After optimizer step `number`, counted from 1."""
+        self._write(number, {"loss": taken.loss, "memory_loss": taken.memory, "grad_norm": taken.grad_norm, "learning_rate": rate})
+
+    def measured(self, number: int, found: list[Measured]) -> None:
+        """What held-out data say after so many steps."""
+        for one in found:
+            said = {"loss": one.loss} | ({} if one.exact is None else {"exact": one.exact})
+            self._write(number, {f"held_out/{one.length}/{name}": value for name, value in said.items()})
+
+    def _write(self, number: int, values: dict[str, float]) -> None:
+        if self.board is None:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": number, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, number)
+        self.board.flush()
+
+
+class _bar:
+    """A bar of steps with the loss and an estimate of the time left; nothing on ranks other than 0."""
+
+    def __init__(self, ring: Ring, done: int, steps: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = None if ring.rank else Progress(*columns, console=Console(stderr=True))
+        self.task = None if self.progress is None else self.progress.add_task("Training", total=steps, completed=done)
+
+    def __enter__(self) -> Any:
+        if self.progress is not None:
+            self.progress.start()
+        return self._advance
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def _advance(self, loss: float) -> None:
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, advance=1, description=f"Training, loss {loss:.3f}")

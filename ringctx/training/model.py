@@ -1,0 +1,54 @@
+"""The model that is trained: a checkpoint, or a Llama made anew; wrapped, so that it attends as the configuration asks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ringctx.asked.layers import layers_of
+from ringctx.config import Config
+from ringctx.config_training import ScratchConfig
+from ringctx.core.ring import Ring
+from ringctx.device import device_of, dtype_of
+from ringctx.errors import ConfigError
+from ringctx.huggingface import Context, wrap
+from ringctx.huggingface.weights import checkpoint
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for what cannot be trained."""
+    if config.model.tensor_parallel > 1:
+        raise ConfigError("`ringctx train` holds whole weights on each rank; set model.tensor_parallel to 1.")
+    if config.training.memory_loss and not config.carries:
+        raise ConfigError("training.memory_loss is what keys cost that a carry has not forgotten; set attention.carry.kind to selective.")
+
+
+def model_of(config: Config, ring: Ring, vocabulary: int | None) -> tuple[Any, Context]:
+    """The wrapped model, the same weights on every rank. vocabulary: tokens of the data, None where the model has its own."""
+    check(config)
+    device = device_of(config.model)
+    dtype = torch.float32 if config.model.dtype == "auto" else dtype_of(config.model, device)
+    if config.training.scratch.layers:
+        assert vocabulary is not None
+        model = _llama(config.training.scratch, vocabulary, config.training.context, config.training.seed)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(checkpoint(config.model.path), dtype=dtype, local_files_only=True)
+    model = model.to(device=device, dtype=dtype)
+    asked = layers_of(config.attention, model.config)
+    return model, wrap(model, ring, asked, transport=config.ring.transport, kernel=config.ring.kernel)
+
+
+def _llama(asked: ScratchConfig, vocabulary: int, context: int, seed: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=asked.hidden, intermediate_size=asked.intermediate, num_hidden_layers=asked.layers,
+        num_attention_heads=asked.heads, num_key_value_heads=asked.key_heads, max_position_embeddings=context, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)

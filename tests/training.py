@@ -1,0 +1,73 @@
+"""Small runs of training, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringctx.config import Config, parse
+from ringctx.core.attention import Attention
+from ringctx.core.layout import Layout
+from ringctx.core.ring import Ring
+from ringctx.huggingface import wrap
+from ringctx.methods.selective import Selective
+from ringctx.training.batch import Batch, shifted
+from ringctx.training.step import Trainer
+from tests.tiny import tiny
+
+TINY = """
+model: {dtype: float32, device: cpu}
+attention: {carry: {kind: selective}}
+training:
+  data: variables
+  scratch: {layers: 2, hidden: 16, heads: 2, key_heads: 1, intermediate: 32}
+  variables: {names: 3, values: 4, noise: 2, longer: [2]}
+  context: 33
+  batch: 4
+  steps: 8
+  warmup: 2
+  memory_loss: 0.1
+  save_every: 2
+  evaluate_every: 4
+  held_out: 4
+"""
+
+
+def config(out: Path, *overrides: str) -> Config:
+    """A run of eight steps in a second."""
+    return parse(TINY, [f"training.out={out}", *overrides])
+
+
+def trainer_on(ring: Ring, carries: bool, **training: Any) -> Trainer:
+    """A small Llama in float64."""
+    model = tiny().double()
+    asked = Attention(carry=Selective()) if carries else None
+    settings = parse("training: {memory_loss: 0.3, clip: 0.5}" if carries else "training: {clip: 0.5}").training
+    return Trainer.of(model, wrap(model, ring, asked), settings)
+
+
+def batch_of(ring: Ring, kind: str, length: int) -> Batch:
+    """Two sequences; the labels of some tokens do not count."""
+    tokens = torch.randint(3, 97, (2, length + 1), generator=torch.Generator().manual_seed(length))
+    ids, labels = shifted(tokens)
+    labels = labels.clone()
+    labels[0, : length // 3] = -100
+    return Batch.of(ids, labels, getattr(Layout, kind)(length, ring.size), ring.rank)
+
+
+def steps_of(ring: Ring, kind: str, length: int, carries: bool) -> tuple[list[tuple[float, ...]], list[Tensor]]:
+    """What two steps say, and the weights after them."""
+    trainer = trainer_on(ring, carries)
+    said = [tuple(trainer.step(batch_of(ring, kind, length), n)) for n in range(2)]
+    return said, [p.detach() for p in trainer.model.parameters()]
+
+
+def gradients_of(ring: Ring, kind: str, length: int, carries: bool) -> list[Tensor]:
+    """This rank's gradients of one batch, not summed."""
+    trainer = trainer_on(ring, carries)
+    loss, memory = trainer.losses(batch_of(ring, kind, length))
+    (loss + 0.3 * memory).backward()
+    return [p.grad for p in trainer.model.parameters()]

@@ -1,0 +1,191 @@
+"""Training on one rank: batches, losses, the task, logs and checkpoints, and what takes the trained model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+pytest.importorskip("transformers")
+pytest.importorskip("tensorboard")
+
+from ringctx.cli import main
+from ringctx.config import parse
+from ringctx.config_training import TrainingConfig, VariablesConfig
+from ringctx.core.layout import Layout
+from ringctx.core.ring import Ring
+from ringctx.errors import ConfigError
+from ringctx.training import checkpoint, loop, text, variables
+from ringctx.training.batch import IGNORED, Batch, shifted
+from ringctx.training.loss import memory_loss, token_loss
+from tests.training import config, trainer_on
+
+
+def test_labels_are_shifted_before_tokens_are_sharded():
+    ids, labels = shifted(torch.arange(14)[None])
+    for size in (1, 2, 3, 20):
+        layout = Layout.zigzag(13, size)
+        parts = [Batch.of(ids, labels, layout, rank) for rank in range(size)]
+        for rank, part in enumerate(parts):
+            own = layout.indices(rank)
+            assert part.count == 13
+            if len(own):
+                assert torch.equal(part.ids[0], own) and torch.equal(part.labels[0], own + 1) and torch.equal(part.positions[0], own)
+            else:
+                assert part.labels.tolist() == [[IGNORED]]
+
+
+def test_the_loss_is_the_mean_over_all_labels_that_count():
+    logits = torch.randn(2, 5, 7, dtype=torch.float64)
+    labels = torch.tensor([[1, IGNORED, 2, 3, IGNORED], [IGNORED] * 5])
+    batch = Batch.of(torch.zeros(2, 5).long(), labels, Layout.contiguous(5, 1), 0)
+    assert_close(token_loss(logits, batch).double(), cross_entropy(logits.flatten(0, 1), labels.flatten()), rtol=1e-6, atol=0)
+    nothing = Batch.of(torch.zeros(2, 5).long(), torch.full((2, 5), IGNORED), Layout.contiguous(5, 1), 0)
+    assert float(token_loss(logits, nothing)) == 0
+
+
+def test_the_memory_loss_is_that_of_the_largest_row_and_ties_go_to_the_lower_index():
+    memories = {0: torch.tensor([[1.0, 3.0, 3.0, 0.0]], requires_grad=True), 2: torch.tensor([[0.0, 1.0, 2.0, 5.0]], requires_grad=True)}
+    found = memory_loss(memories, Layout.contiguous(4, 1), Ring.alone())
+    assert_close(found, torch.tensor((3.0 + 5.0) / (2 * 4)))
+    found.backward()
+    assert memories[0].grad.tolist() == [[0.0, 1 / 8, 0.0, 0.0]] and memories[2].grad.tolist() == [[0.0, 0.0, 0.0, 1 / 8]]
+
+
+def test_the_rate_rises_and_falls():
+    trainer = trainer_on(Ring.alone(), False)
+    trainer.config = TrainingConfig(steps=110, warmup=10, learning_rate=2.0)
+    assert [trainer.rate(n) for n in (0, 9)] == [0.2, 2.0]
+    assert_close([trainer.rate(10), trainer.rate(60), trainer.rate(110)], [2.0, 1.1, 0.2])
+
+
+# -- data ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_question_is_answered_by_the_latest_value():
+    task = VariablesConfig(names=3, values=5, noise=2)
+    ids, labels = variables.draw(task, 6, 200, seed=1)
+    words = variables.vocabulary(task)
+    asked = 0
+    for line, answers in zip(ids.tolist(), labels.tolist(), strict=True):
+        latest: dict[str, str] = {}
+        for at, (token, answer) in enumerate(zip(line, answers, strict=True)):
+            word = words[token]
+            if answer != IGNORED:
+                assert word == "?" and words[answer] == latest[words[line[at - 1]]]
+                asked += 1
+            if word.startswith("value") and words[line[at - 1]] != "?":
+                latest[words[line[at - 1]]] = word
+        assert words[line[0]] == "<begin>"
+    assert asked > 40
+    assert torch.equal(variables.draw(task, 6, 200, seed=1)[0], ids) and not torch.equal(variables.draw(task, 6, 200, seed=2)[0], ids)
+
+
+def test_held_out_documents_are_never_trained_on(tmp_path, monkeypatch):
+    texts = [f"document{n} says w{n} " * 30 for n in range(45)]
+    monkeypatch.setattr(text, "documents", lambda book: texts)
+    found = text.corpus(tmp_path, 300)
+    train, held_out = (found.tokenizer.decode(x.tolist()) for x in (found.train, found.held_out))
+    names = [f"document{n} " for n in range(45)]
+    assert [name in held_out for name in names] == [n % text.HELD_OUT == 0 for n in range(45)]
+    assert [name in train for name in names] == [n % text.HELD_OUT != 0 for n in range(45)]
+    assert train.count(text.END) == 42
+    monkeypatch.setattr(text, "documents", lambda book: pytest.fail("made twice"))
+    assert torch.equal(text.corpus(tmp_path, 300).train, found.train)
+
+
+def test_windows_lie_side_by_side_or_where_the_seed_says():
+    tokens = torch.arange(100)
+    assert text.windows(tokens, 9, 30, None).tolist() == [list(range(a, a + 30)) for a in (0, 30, 60)]
+    drawn = text.windows(tokens, 50, 30, 3)
+    assert torch.equal(drawn, text.windows(tokens, 50, 30, 3)) and len(set(drawn[:, 0].tolist())) > 20
+    with pytest.raises(ConfigError, match="has 100 tokens, and a window 101"):
+        text.windows(tokens, 1, 101, None)
+
+
+def test_the_real_corpus_is_there():
+    found = text.documents(Path(__file__).parents[2] / text.BOOK)
+    assert sum(map(len, found)) > 8_000_000 and any("In the beginning God created" in one for one in found)
+    with pytest.raises(ConfigError, match="run ringctx where the repository lies"):
+        text.documents(Path("nowhere.gz"))
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_broke_off_ends_as_if_it_had_not(tmp_path):
+    whole = loop.train(config(tmp_path / "whole"), Ring.alone())
+    assert whole["steps"] == len(whole["loss"]) == len(whole["grad_norm"]) == 8 and all(map(math.isfinite, whole["loss"]))
+    assert [one["steps"] for one in whole["held_out"]] == [4, 8] and [row["length"] for row in whole["held_out"][0]["rows"]] == [33, 66]
+    broken = config(tmp_path / "broken")
+    with pytest.MonkeyPatch.context() as patch:
+        step = loop.Trainer.step
+        patch.setattr(loop.Trainer, "step", lambda self, batch, n: step(self, batch, n) if n < 5 else pytest.fail("power cut"))
+        with pytest.raises(pytest.fail.Exception):
+            loop.train(broken, Ring.alone())
+    assert checkpoint.newest(tmp_path / "broken").name == "step-4"
+    resumed = loop.train(broken, Ring.alone())
+    for key in ("loss", "grad_norm", "memory_loss", "held_out"):
+        assert resumed[key] == whole[key]
+    lines = [[json.loads(x) for x in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "broken")]
+    assert lines[0] == lines[1]
+    assert sorted(p.name for p in (tmp_path / "whole").iterdir() if p.name.startswith("step-")) == ["step-8"]
+    assert (tmp_path / "whole" / "loss.png").stat().st_size > 1000
+
+
+def test_another_run_does_not_go_on_in_its_folder(tmp_path):
+    loop.train(config(tmp_path, "training.steps=2"), Ring.alone())
+    with pytest.raises(ConfigError, match="holds a run with other attention, steps, learning_rate, memory_loss"):
+        changed = ("attention.carry.kind=none", "training.memory_loss=0", "training.learning_rate=0.1")
+        loop.train(config(tmp_path, *changed), Ring.alone())
+
+
+def test_it_learns(tmp_path):
+    found = loop.train(config(tmp_path, "training.steps=60", "training.learning_rate=0.01", "training.save_every=100"), Ring.alone())
+    assert sum(found["loss"][-5:]) < 0.8 * sum(found["loss"][:5])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("training: {memory_loss: 0.1}", "set attention.carry.kind to selective"),
+        ("model: {tensor_parallel: 2}", "set model.tensor_parallel to 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(text, said):
+    with pytest.raises(ConfigError, match=said):
+        loop.check(parse(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("training: {steps: 0}", "training.steps is 0; it must be at least 1"),
+        ("training: {scratch: {layers: 1, hidden: 10, heads: 4}}", "heads must divide hidden"),
+        ("training: {data: variables}", "set training.scratch.layers"),
+        ("training: {variables: {asked: 1.0}}", "asked between 0 and 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(text, said):
+    with pytest.raises(ConfigError, match=said):
+        parse(text)
+
+
+def test_the_command_trains_and_other_commands_take_the_model(tmp_path, capsys):
+    from tests.training import TINY
+
+    (tmp_path / "c.yaml").write_text(TINY)
+    assert main(["train", str(tmp_path / "c.yaml"), "--set", f"training.out={tmp_path / 'run'}", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"steps", "loss", "grad_norm", "tokens_per_second", "memory"} <= set(result)
+    (tmp_path / "text.txt").write_text("name0 value1 noise0 name1 value2 noise1 name0 value3 " * 4)
+    took = [str(tmp_path / "c.yaml"), "--set", f"model.path={result['checkpoint']}", "--document", str(tmp_path / "text.txt")]
+    assert main(["generate", *took, "--question", "name0 ?", "--json", "--set", "generation.max_new_tokens=3"]) == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]) == 3
+    assert main(["eval", *took, "--task", "perplexity", "--length", "30", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
