@@ -206,11 +206,20 @@ class Config:
 
     def _check_carry(self) -> None:
         """What gives keys other neighbours than they were read with is refused where they carry what these said of them."""
+        if self.cache.evict.kind == "forgotten" and not all(block.carry.kind != "none" for block in self._blocks):
+            raise ConfigError(
+                "cache.evict.kind forgotten judges keys by what they carry; set attention.carry.kind to selective in all layers."
+            )
         if not self.carries:
             return
-        for name, is_set in (("cache.recall", self.cache.recall.blocks > 0), ("cache.evict", self.cache.evict.kind != "none")):
+        for name, is_set in (
+            ("cache.recall", self.cache.recall.blocks > 0),
+            (f"cache.evict.kind {self.cache.evict.kind}", self.cache.evict.kind not in ("none", "forgotten")),
+        ):
             if is_set:
-                raise ConfigError(f"{name} keeps some keys without what attention.carry says of them; set one of the two.")
+                raise ConfigError(
+                    f"{name} keeps some keys without what attention.carry says of them; set one of the two, or evict forgotten ones."
+                )
         if self.layout.kind == "striped":
             raise ConfigError(
                 "layout.kind striped deals tokens one by one, and attention.carry sums over runs of neighbours; "

@@ -44,6 +44,7 @@ class RecallConfig:
 _EVICT = {
     "none": (), "streaming": ("sinks", "recent"), "duo": ("sinks", "recent", "streaming"), "h2o": ("heavy", "recent"),
     "snapkv": ("keys", "window", "kernel", "pooling"), "pyramidkv": ("keys", "window", "kernel", "pooling", "beta"),
+    "forgotten": ("budgets", "threshold"),
 }  # fmt: skip
 """The keys that each kind of cache.evict takes, besides each_chunk."""
 
@@ -52,7 +53,7 @@ _EVICT = {
 class EvictConfig:
     """Which keys are dropped, so that a fixed number is left; counts are for each key head, on all ranks together."""
 
-    kind: Literal["none", "streaming", "duo", "h2o", "snapkv", "pyramidkv"] = "none"
+    kind: Literal["none", "streaming", "duo", "h2o", "snapkv", "pyramidkv", "forgotten"] = "none"
     """none keeps all; the others are in ringctx/methods/eviction. All but snapkv and pyramidkv also drop after each token."""
     each_chunk: bool = False
     """Drop after each chunk (layout.chunk) too: later chunks see what is left, and the memory of reading is bounded."""
@@ -74,6 +75,10 @@ class EvictConfig:
     """pyramidkv: the last layer keeps keys / beta."""
     streaming: tuple[str, ...] = ()
     """duo: the key heads that keep sinks and recent keys alone, written layer.head: ["0.1", "3.0"]; the others keep all."""
+    budgets: tuple[int, ...] = ()
+    """forgotten: keys that a query sees, itself included: one number for all layers, or one a layer; none for as many as there are."""
+    threshold: float | None = None
+    """forgotten: keys from which later queries subtract more than this are dropped in any case."""
 
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
@@ -93,6 +98,11 @@ class EvictConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"cache.evict.{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.kind == "forgotten" and (min(self.budgets, default=2) < 2 or not (self.budgets or self.threshold)):
+            raise ConfigError(
+                f"cache.evict.budgets is {list(self.budgets)} and threshold {self.threshold}; forgotten needs budgets of 2 or more, "
+                "or a threshold above 0, or both."
+            )
         if self.kind == "h2o" and not self.heavy + self.recent:
             raise ConfigError("cache.evict keeps no key at all: heavy and recent are 0; keep at least 1.")
         if self.keys <= self.window:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,9 +36,28 @@ Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """dout, q, out, lse (0 where a row sees nothing), dlse or None, dmemory or None."""
 
 
+class Meets(Protocol):
+    """Queries and keys that meet, encoded: q (b s h d), k (b n g d), v (b n g e) or None where only head 0 counts; spared (b|1 n)."""
+
+    @property
+    def q(self) -> Tensor: ...
+    @property
+    def k(self) -> Tensor: ...
+    @property
+    def v(self) -> Tensor | None: ...
+    @property
+    def spared(self) -> Tensor: ...
+
+    def strictly_earlier(self, tile: Tile) -> Tensor | None:
+        """Pairs of the tile whose key comes before the query: bool (b|1 q k), or None where all do."""
+
+    def scores(self, work: Work, group: HeadGroup, tile: Tile, backward: bool) -> TileScores:
+        """What happens to the logits of these heads in the tile."""
+
+
 @dataclass(frozen=True)
 class Meeting:
-    """Queries of this rank and the keys that visit. q (b s h d), k (b n g d), encoded; v (b n g e), None where only head 0 counts."""
+    """Queries of this rank and keys that visit, at indices that layouts give. Shapes as in `Meets`."""
 
     q: Tensor
     queries: Ranges
@@ -51,12 +71,16 @@ class Meeting:
         return cls(q, queries, k, v, keys, spared(work.attention.pattern, indices_of(keys, q.device)))
 
     def strictly_earlier(self, tile: Tile) -> Tensor | None:
-        """Pairs of the tile whose key comes before the query: bool (q k), or None where all do."""
+        """Pairs whose key comes before the query: bool (1 q k), or None where all do."""
         verdict, a, b, c, d = tile
         if verdict == FULL and Line(self.queries).hull(a, b)[0][0] > Line(self.keys).hull(c, d)[0][-1]:
             return None
         i, j = indices_of(self.queries, self.q.device)[a:b], indices_of(self.keys, self.q.device)[c:d]
-        return j < i[:, None]
+        return (j < i[:, None])[None]
+
+    def scores(self, work: Work, group: HeadGroup, tile: Tile, backward: bool) -> TileScores:
+        """By the indices of both."""
+        return work.scores(group, tile, self.q, self.queries, self.keys, backward)
 
 
 def strips(tiles: Sequence[Tile], chunk: Chunk, side: int = SIDE) -> list[Tile]:
@@ -85,27 +109,27 @@ class CarriedWork(Work):
         assert isinstance(carry, Carry)
         return carry
 
-    def fused(self, q: Tensor) -> ModuleType | None:
-        """The kernel that computes a whole tile at once, sums included, where there is one for queries such as q."""
+    def fused(self, meeting: Meets) -> ModuleType | None:
+        """The kernel that computes a whole tile at once, sums included, where there is one for such queries, and keys lie in order."""
         plain = self.kernel == "auto" and not (self.attention.elementwise or self.attention.additive or self.attention.dropout)
-        if not (plain and self.carry.rectifies):
+        if not (plain and self.carry.rectifies and isinstance(meeting, Meeting)):
             return None
         from ringctx.kernels import triton_carried
 
-        return triton_carried if triton_carried.why_not(str(q.device), q.dtype) is None else None
+        return triton_carried if triton_carried.why_not(str(meeting.q.device), meeting.q.dtype) is None else None
 
     # -- the three ways over a chunk's tiles ------------------------------------------------------------------------
 
-    def give(self, meeting: Meeting, tiles: Sequence[Tile], sums: Tensor) -> None:
+    def give(self, meeting: Meets, tiles: Sequence[Tile], sums: Tensor) -> None:
         """Add to sums (b n) what these tiles' queries give."""
         for tile in tiles:
             sums[:, tile[3] : tile[4]] += self._drive(meeting, tile)[0].given().sum(1)
 
-    def attend(self, total: Partial, memory: Tensor | None, meeting: Meeting, tiles: Sequence[Tile], sums: Tensor) -> None:
+    def attend(self, total: Partial, memory: Tensor | None, meeting: Meets, tiles: Sequence[Tile], sums: Tensor) -> None:
         """Merge attention into total, add to sums (b n) what was given, and to memory (b s) what of each key was not forgotten."""
         q, k, v = meeting.q, meeting.k, meeting.v
         assert v is not None
-        fused = self.fused(q) if memory is None else None
+        fused = self.fused(meeting) if memory is None else None
         for tile in tiles:
             verdict, a, b, c, d = tile
             if fused is not None:
@@ -124,7 +148,7 @@ class CarriedWork(Work):
                 memory[:, a:b] += (kept if earlier is None else kept.masked_fill(~earlier, 0.0)).sum(2)
             sums[:, c:d] += given.sum(1)
 
-    def retreat(self, grads: tuple[Sum, Sum, Sum], rows: Rows, meeting: Meeting, tiles: Sequence[Tile], sums: Tensor) -> Tensor:
+    def retreat(self, grads: tuple[Sum, Sum, Sum], rows: Rows, meeting: Meets, tiles: Sequence[Tile], sums: Tensor) -> Tensor:
         """Add to grads = dq (b s h d), dk, dv as if no later chunk took anything; returns what this chunk's rows took, (b n).
 
         sums (b n): what the keys carried when the chunk met them.
@@ -137,7 +161,7 @@ class CarriedWork(Work):
         later = torch.zeros_like(sums)
         v = meeting.v
         assert v is not None
-        fused = self.fused(q) if dmemory is None else None
+        fused = self.fused(meeting) if dmemory is None else None
         for tile, start in zip(reversed(tiles), reversed(starts), strict=True):
             _, a, b, c, d = tile
             of_rows = (dout[:, a:b], q[:, a:b], meeting.k[:, c:d], v[:, c:d], out[:, a:b], lse[:, a:b])
@@ -158,7 +182,7 @@ class CarriedWork(Work):
             later[:, c:d] += dtaken.sum(1)
         return later
 
-    def correct(self, dq: Sum, dk: Sum, meeting: Meeting, tiles: Sequence[Tile], later: Tensor) -> None:
+    def correct(self, dq: Sum, dk: Sum, meeting: Meets, tiles: Sequence[Tile], later: Tensor) -> None:
         """Add to dq (b s 1 d) and dk (b n 1 d) of head 0 what later chunks took from the keys, later (b n)."""
         for tile in tiles:
             driving = self._drive(meeting, tile, backward=True)[0]
@@ -166,11 +190,11 @@ class CarriedWork(Work):
 
     # -- one tile ---------------------------------------------------------------------------------------------------
 
-    def _drive(self, meeting: Meeting, tile: Tile, backward: bool = False) -> tuple[Driving, Tensor | None, TileScores]:
+    def _drive(self, meeting: Meets, tile: Tile, backward: bool = False) -> tuple[Driving, Tensor | None, TileScores]:
         """Head 0 in this tile, where keys are seen and earlier (b|1 q k) or None for everywhere, and the scores of all heads."""
         _, a, b, c, d = tile
         q, k = meeting.q[:, a:b], meeting.k[:, c:d]
-        scores = self._scores(self.groups[0], tile, meeting.q, meeting.queries, meeting.keys, backward)
+        scores = meeting.scores(self, self.groups[0], tile, backward)
         if scores.mask is not None:
             seen = scores.mask()
             scores = replace(scores, mask=lambda: seen)
@@ -178,18 +202,17 @@ class CarriedWork(Work):
         if scores.mask is not None:
             of_head = seen[(None,) * (4 - seen.dim())][:, 0]
             earlier = of_head if earlier is None else earlier & of_head
-        elif earlier is not None:
-            earlier = earlier[None]
         where, first = earlier, meeting.spared[:, None, c:d]
         if bool(first.any()):
             where = ~first if earlier is None else earlier & ~first
-        of_driving = self._scores(self.driving, tile, meeting.q, meeting.queries, meeting.keys, backward)
+        of_driving = meeting.scores(self, self.driving, tile, backward)
         return Driving(q, k, of_driving, self.carry, where), earlier, scores
 
-    def _fusing(self, meeting: Meeting, tile: Tile, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]:
+    def _fusing(self, meeting: Meets, tile: Tile, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]:
         """What the fused kernel takes beside q, k and v: indices, sums (b k), who is spared (b|1 k), the scale and the mask."""
         _, a, b, c, d = tile
-        scores = self._scores(self.groups[0], tile, meeting.q, meeting.queries, meeting.keys, False)
+        assert isinstance(meeting, Meeting)
+        scores = meeting.scores(self, self.groups[0], tile, False)
         i, j = indices_of(meeting.queries, meeting.q.device)[a:b], indices_of(meeting.keys, meeting.q.device)[c:d]
         return i, j, sums, meeting.spared[:, c:d], scores.scale, None if scores.mask is None else scores.mask()
 

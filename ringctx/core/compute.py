@@ -259,11 +259,11 @@ class Work:
         self, group: HeadGroup, tile: Tile, q: Tensor, k: Tensor, v: Tensor, queries: Ranges, keys: Ranges, backward: bool = False
     ) -> tuple[Kernel, TileScores]:
         verdict, a, b, c, d = tile
-        scores = self._scores(group, tile, q, queries, keys, backward)
+        scores = self.scores(group, tile, q, queries, keys, backward)
         few = backward and q.dtype.itemsize >= 4 and (b - a) * (d - c) <= FEW_PAIRS
         return self.choose(verdict, q, q.shape[2], k.shape[2], v.shape[3], backward, few), scores
 
-    def _scores(self, group: HeadGroup, tile: Tile, q: Tensor, queries: Ranges, keys: Ranges, backward: bool) -> TileScores:
+    def scores(self, group: HeadGroup, tile: Tile, q: Tensor, queries: Ranges, keys: Ranges, backward: bool) -> TileScores:
         """What happens to the logits of this tile's heads; q (b s . d) of all of this rank's queries."""
         verdict, a, b, c, d = tile
         attention = self.attention

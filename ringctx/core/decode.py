@@ -17,6 +17,7 @@ from ringctx.core.carried import CarriedWork, Meeting, strips
 from ringctx.core.carry import Chunk, carry_problem
 from ringctx.core.compute import Encoded, HeadGroup, Work, head_groups
 from ringctx.core.explicit import Keys
+from ringctx.core.forgetting import attend_forgetting_here
 from ringctx.core.header import agree, share
 from ringctx.core.layout import Layout, Ranges
 from ringctx.core.partial import Partial
@@ -97,15 +98,24 @@ def _decode_carried(
     return work.whole(_reduce(ring, totals), q, v.shape[3])
 
 
-def decode_explicit(q: Tensor, parts: Sequence[Keys], *, length: int, ring: Ring, attention: Attention) -> tuple[Tensor, Tensor]:
-    """`decode_with_lse` over keys at explicit indices, those of the new tokens among them. length: of the sequence, new tokens included."""
+def decode_explicit(
+    q: Tensor, parts: Sequence[Keys], *, length: int, ring: Ring, attention: Attention, carry: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`decode_with_lse` over keys at explicit indices, those of the new tokens among them. length: of the sequence, new tokens included.
+
+    carry (b n): of an attention with one, what the keys of the only part carry; added to in place.
+    """
     i = torch.arange(length - q.shape[1], length, device=q.device)
     check("decode at explicit indices", q, parts, ring, attention, {"new tokens": q.shape[1], "length": length})
     with torch.no_grad(), ring.unbroken():
         turned, parts = encoded(attention, q, i, parts)
-        totals = empty(turned, parts)
-        attend_here(attention, totals, turned, i, parts)
-        total = _reduce(ring, [whole(totals, parts)])[0]
+        if carry is not None:
+            mine = attend_forgetting_here(attention, turned, i, parts[0], carry)
+        else:
+            totals = empty(turned, parts)
+            attend_here(attention, totals, turned, i, parts)
+            mine = whole(totals, parts)
+        total = _reduce(ring, [mine])[0]
         if attention.sink is not None:
             total.add_sink_(attention.sink.detach())
         return total.out.to(q.dtype), total.lse

@@ -57,7 +57,7 @@ def encode_at(encoding: Encoding, k: Tensor, indices: Tensor) -> Tensor:
 
 def refuse(attention: Attention) -> None:
     """Raise Unsupported for what is not defined on keys at explicit indices."""
-    for name in ("branches", "carry", "select", "dropout"):
+    for name in ("branches", "select", "dropout"):
         if getattr(attention, name):
             raise Unsupported(
                 f"Keys at explicit indices, as eviction leaves them, are not attended with Attention({name}=...); "
@@ -96,17 +96,19 @@ def _tiles(attention: Attention, i: Tensor, keys: Keys, heads: tuple[int, ...], 
         filled = j[j >= 0]
         for a in range(0, len(i), ROWS) if len(filled) else ():
             rows = i[a : a + ROWS]
-            verdict = pattern.judge(_hull(rows), _hull(filled))
+            verdict = pattern.judge(hull(rows), hull(filled))
             if verdict != EMPTY:
                 plain = verdict == FULL and len(filled) == j.numel()
-                yield slice(a, a + len(rows)), slice(c, c + j.shape[2]), _scores(attention, rows, j, heads, width, plain)
+                yield slice(a, a + len(rows)), slice(c, c + j.shape[2]), scores_at(attention, rows, j, heads, width, plain)
 
 
-def _hull(indices: Tensor) -> range:
+def hull(indices: Tensor) -> range:
+    """The range from the lowest to the highest of them."""
     return range(int(indices.min()), int(indices.max()) + 1)
 
 
-def _scores(attention: Attention, i: Tensor, j: Tensor, heads: tuple[int, ...], width: int, plain: bool) -> TileScores:
+def scores_at(attention: Attention, i: Tensor, j: Tensor, heads: tuple[int, ...], width: int, plain: bool) -> TileScores:
+    """What happens to the logits of queries i (q) and keys j (b f k) in these heads; plain: all of them are seen."""
     return TileScores(
         scale=scale_of(attention, width),
         mask=None if plain else lambda: _seen(attention.pattern, i, j, heads),

@@ -35,7 +35,7 @@ def attend_explicit(q: Tensor, parts: Sequence[Keys], *, i: Tensor, ring: Ring, 
         q, parts = encoded(attention, q, i, parts)
         totals = empty(q, parts)
         mine = tuple(x for part in parts for x in (part.k, part.v, part.indices))
-        for block in _visitors(ring, "keys", mine, (1, 1, 2) * len(parts)):
+        for block in visitors(ring, "keys", mine, (1, 1, 2) * len(parts)):
             visiting = [Keys(part.heads, k, v, j, True) for part, k, v, j in zip(parts, block[::3], block[1::3], block[2::3], strict=True)]
             attend_here(attention, totals, q, i, visiting)
         return whole(totals, parts)
@@ -53,7 +53,7 @@ def sums_explicit(q: Tensor, lse: Tensor, parts: Sequence[Keys], *, i: Tensor, r
     with torch.no_grad(), ring.unbroken():
         q, parts = encoded(attention, q, i, parts)
         total: list[Tensor] = []
-        for rows, theirs, indices in _visitors(ring, "queries", (q, lse, i), (1, 1, 0)):
+        for rows, theirs, indices in visitors(ring, "queries", (q, lse, i), (1, 1, 0)):
             found = sums_here(attention, rows, theirs, indices, parts)
             total = [a + b for a, b in zip(total, found, strict=True)] if total else found
         return total
@@ -131,7 +131,7 @@ def _ratio(q: Tensor, parts: Sequence[Keys]) -> int:
 # -- messages -----------------------------------------------------------------------------------------------------------
 
 
-def _visitors(ring: Ring, kind: str, mine: Tensors, dims: Sequence[int]) -> Iterator[Tensors]:
+def visitors(ring: Ring, kind: str, mine: Tensors, dims: Sequence[int]) -> Iterator[Tensors]:
     """This rank's tensors, then those of every other rank, the next under way. dims: along which each differs between ranks."""
     own = tuple(x.contiguous() for x in mine)
     sizes = share(ring, torch.tensor([x.shape[dim] for x, dim in zip(own, dims, strict=True)]), "header") if ring.size > 1 else []

@@ -19,6 +19,7 @@ from ringctx.core.attention import Attention
 from ringctx.core.decode import decode_explicit, decode_with_lse
 from ringctx.core.entry import carried_attention, ring_attention
 from ringctx.core.explicit import Keys
+from ringctx.core.forgetting import attend_forgetting
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
 from ringctx.core.plan import wanted
@@ -210,12 +211,24 @@ class Context:
         """Attention to this call's tokens, merged with that to what eviction left of those before: out (b s h d), lse (b s h)."""
         assert self.cache is not None
         indices, sinkless = layout.indices(self.ring.rank, q.device), replace(attention, sink=None)
-        total = attend_explicit(q, self.cache.parts(layer, attention), i=indices, ring=self.ring, attention=sinkless)
-        where = partial(ring_attention, ring=self.ring, layout=layout, return_lse=True)
-        total.merge_(*where(q, k, v, attention=sinkless, transport=self.transport, kernel=self.kernel))
+        parts, carry = self.cache.parts(layer, attention), None
+        if attention.carry is not None:
+            (part,), old = parts, self.cache.carry(layer)
+            total, old = attend_forgetting(q, part, old, i=indices, layout=layout, ring=self.ring, attention=sinkless)
+            asked: dict[str, Any] = {"attention": sinkless, "transport": self.transport, "kernel": self.kernel}
+            found = carried_attention(q, k, v, ring=self.ring, layout=layout, carry=old.new_zeros(k.shape[:2]), **asked)
+            total.merge_(found.out, found.lse)
+            assert found.carry is not None
+            carry = torch.cat((old, found.carry), 1)
+        else:
+            total = attend_explicit(q, parts, i=indices, ring=self.ring, attention=sinkless)
+            where = partial(ring_attention, ring=self.ring, layout=layout, return_lse=True)
+            total.merge_(*where(q, k, v, attention=sinkless, transport=self.transport, kernel=self.kernel))
         if attention.sink is not None:
             total.add_sink_(attention.sink)
         self.cache.append(layer, k, v)
+        if carry is not None:
+            self.cache.carry_on(layer, carry)
         return total.out.to(q.dtype), total.lse
 
     def _evict(self, layer: int, q: Tensor, lse: Tensor, i: Tensor, attention: Attention, layout: Layout) -> None:
@@ -233,7 +246,10 @@ class Context:
         new = range(self.cache.layout.length - q.shape[1], self.cache.layout.length)
         queries = Layout(((new,), *((),) * (self.ring.size - 1)))
         if self.cache.is_evicted(layer):
-            out, lse = decode_explicit(q, self.cache.parts(layer, attention), length=new.stop, ring=self.ring, attention=attention)
+            parts, carry = self.cache.parts(layer, attention), None if attention.carry is None else self.cache.carry(layer)
+            out, lse = decode_explicit(q, parts, length=new.stop, ring=self.ring, attention=attention, carry=carry)
+            if carry is not None:
+                self.cache.carry_on(layer, carry)
         else:
             out, lse = self._decode_all(layer, q, attention, queries)
         self._evict(layer, q, lse, torch.arange(new.start, new.stop, device=q.device), attention, queries)

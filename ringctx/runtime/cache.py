@@ -40,6 +40,7 @@ class _Part:
     """Some key heads of one layer. Until tokens are evicted there is one part, of all heads (None), in the layout's order.
 
     indices: (b f n), -1 where a slot is empty; None while the layout says where tokens are. mass: (b f n) or None for zeros.
+    carry: (b n') what the first n' keys carry, the others 0; None where they carry nothing.
     """
 
     keys: Store
@@ -48,6 +49,7 @@ class _Part:
     heads: tuple[int, ...] | None = None
     indices: Tensor | None = None
     mass: Tensor | None = None
+    carry: Tensor | None = None
 
     @property
     def stores(self) -> list[Store]:
@@ -73,7 +75,6 @@ class CacheMark:
     layout: Layout
     grown: int
     parts: tuple[tuple[tuple[_Part, Mark, Mark], ...], ...]
-    carries: dict[int, Tensor]
 
 
 @dataclass
@@ -100,7 +101,6 @@ class KVCache:
     _keep: slice = field(init=False, default_factory=lambda: slice(0, 0))
     _grown: int = field(init=False, default=0)
     _layers: list[list[_Part]] = field(init=False, repr=False)
-    _carries: dict[int, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.page < 1:
@@ -174,11 +174,11 @@ class KVCache:
     def mark(self) -> CacheMark:
         """Where it stands now, for `restore`. What is evicted afterwards stays in memory while the mark is kept."""
         parts = (tuple((replace(part), part.keys.mark(), part.values.mark()) for part in layer) for layer in self._layers)
-        return CacheMark(self._layout, self._grown, tuple(parts), dict(self._carries))
+        return CacheMark(self._layout, self._grown, tuple(parts))
 
     def restore(self, mark: CacheMark) -> None:
         """Drop what came after the mark, and take back what was evicted since, exactly: another question can be asked of it."""
-        self._layout, self._grown, self._keep, self._carries = mark.layout, mark.grown, slice(0, 0), dict(mark.carries)
+        self._layout, self._grown, self._keep = mark.layout, mark.grown, slice(0, 0)
         self._layers = [[replace(part) for part, _, _ in layer] for layer in mark.parts]
         for part, keys, values in (one for layer in mark.parts for one in layer):
             part.keys.restore(keys)
@@ -210,13 +210,15 @@ class KVCache:
         return None if rotated is None else _read(rotated, spans)
 
     def carry(self, layer: int, spans: Spans | None = None) -> Tensor:
-        """What this rank's keys carry, a copy (b n) in the accumulation dtype; of those at these positions, all by default. New keys: 0."""
-        values = self._whole(layer).values
-        have = self._carries.get(layer)
-        if have is None:
-            like = values.read(0, 0)
-            have = like.new_zeros(like.shape[0], 0, dtype=accumulation_dtype(like.dtype))
-        whole = torch.nn.functional.pad(have, (0, values.count - have.shape[1]))
+        """What this rank's keys carry, a copy (b n) in the accumulation dtype; of those at these positions, all by default. New keys: 0.
+
+        After eviction in the order of the only part's slots.
+        """
+        part = self._layers[layer][0]
+        whole = self._padded(part)
+        if whole is None:
+            like = part.values.read(0, 0)
+            whole = like.new_zeros(like.shape[0], part.values.count, dtype=accumulation_dtype(like.dtype))
         return whole if spans is None else torch.cat([whole[:, a:b] for a, b in spans] or [whole[:, :0]], 1)
 
     def carry_on(self, layer: int, carry: Tensor, spans: Spans | None = None) -> None:
@@ -227,12 +229,12 @@ class KVCache:
                 whole[:, a:b] = carry[:, at : at + b - a]
                 at += b - a
             carry = whole
-        self._carries[layer] = carry
+        self._layers[layer][0].carry = carry
 
     @property
     def carried(self) -> list[int]:
         """The layers whose keys carry something."""
-        return sorted(self._carries)
+        return [layer for layer, (part, *_) in enumerate(self._layers) if part.carry is not None]
 
     def _whole(self, layer: int) -> _Part:
         if self.is_evicted(layer):
@@ -291,8 +293,17 @@ class KVCache:
             raise Unsupported(
                 f"Keys in {self.storage} would be rounded again where others are evicted; use storage {' or '.join(EVICTABLE)}."
             )
+        if self._layers[layer][0].carry is not None and [len(some) for some in groups] != [1]:
+            raise Unsupported(
+                f"Keys of layer {layer} carry what all heads share, so all heads must keep the same; evict by what they carry."
+            )
         parts = zip(self._layers[layer], kept, groups, strict=True)
         self._layers[layer] = [self._kept(part, keep, list(places)) for part, keep, some in parts for places in some]
+
+    @staticmethod
+    def _padded(part: _Part) -> Tensor | None:
+        """What all keys of a part carry, (b n), or None."""
+        return None if part.carry is None else torch.nn.functional.pad(part.carry, (0, part.values.count - part.carry.shape[1]))
 
     def _at(self, part: _Part) -> tuple[Tensor, tuple[int, ...]]:
         """Indices (b f n) of a part's slots, and its heads."""
@@ -309,10 +320,12 @@ class KVCache:
         mass = None if part.mass is None else part.mass[:, places]
         most = int(kept.sum(-1).max()) if kept.numel() else 0
         if len(places) == len(part.heads or places) == part.values.read(0, 0).shape[2] and kept.shape[2] - most < self.page:
-            return replace(part, heads=heads, indices=indices, mass=mass)
+            return replace(part, heads=heads, indices=indices, mass=mass, carry=self._padded(part))
         order = (~kept).to(torch.int8).argsort(dim=-1, stable=True)[..., :most]  # (b f most), the kept ones first
         new = replace(self._part(), heads=heads, indices=indices.gather(-1, order))
         new.mass = None if mass is None else mass.gather(-1, order)
+        carry = self._padded(part)
+        new.carry = None if carry is None else carry.gather(-1, order[:, 0])
         wanted = kept.flatten(0, 1).any(0).nonzero()[:, 0]
         at = torch.searchsorted(wanted, order.contiguous()).clamp(max=max(len(wanted) - 1, 0)).transpose(1, 2).unsqueeze(-1)
         for old, store in ((part.keys, new.keys), (part.values, new.values)):

@@ -6,6 +6,7 @@ dropped is decided over the ring and applied on each rank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from ringctx.core.attention import Attention
 from ringctx.core.ring import Ring
 from ringctx.core.visiting import encoded, sums_explicit, sums_here
 from ringctx.errors import ConfigError
-from ringctx.methods.eviction import H2O, CachePolicy, Duo, Held, PyramidKV, SnapKV, Streaming, keep, parted
+from ringctx.methods.eviction import H2O, CachePolicy, Duo, Forgotten, Held, PyramidKV, SnapKV, Streaming, keep, parted
 from ringctx.runtime.cache import KVCache
 
 
@@ -74,9 +75,10 @@ class Evictor:
         """Ask the policy and drop what it does not keep."""
         length = cache.layout.length
         budget = self.policy.budget(layer, self.num_layers, length)
+        carry = cache.carry(layer) if layer in cache.carried else None
         choices = []
         for part, mass in zip(cache.parts(layer), cache.masses(layer), strict=True):
-            held = Held(ring, layer, self.num_layers, length, part.heads, part.k, part.v, part.indices, mass, num_voters)
+            held = Held(ring, layer, self.num_layers, length, part.heads, part.k, part.v, part.indices, mass, num_voters, carry)
             choices.append(keep(ring, self.policy.score(held), part.indices, budget))
         if any(drops for _, _, drops in choices):
             cache.evict(layer, [kept for kept, _, _ in choices], [parted(number) for _, number, _ in choices])
@@ -108,4 +110,11 @@ def evictor_of(config: EvictConfig, num_layers: int, num_heads: int) -> Evictor 
             policy = SnapKV(config.keys, config.window, config.kernel, config.pooling)
         case "pyramidkv":
             policy = PyramidKV(config.keys, config.window, config.kernel, config.pooling, config.beta)
+        case "forgotten":
+            if len(config.budgets) not in (0, 1, num_layers):
+                raise ConfigError(
+                    f"cache.evict.budgets has {len(config.budgets)} numbers, but the model has {num_layers} layers; give 1, or 1 a layer."
+                )
+            keys = config.budgets[0] if len(config.budgets) == 1 else config.budgets or None
+            policy = Forgotten(keys, math.inf if config.threshold is None else config.threshold)
     return Evictor(policy, num_layers, config.each_chunk)

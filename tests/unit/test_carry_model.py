@@ -107,7 +107,7 @@ def test_the_configuration_asks_for_it_layer_by_layer():
         ("attention: {carry: {kind: selective}, branches: {kind: rerope, window: 9}}", "attention.branches changes that"),
         ("attention: {carry: {kind: selective}, select: {kind: quest}}", "attention.select changes that"),
         ("attention: {carry: {kind: selective}}\ncache: {recall: {blocks: 1}}", "cache.recall keeps some keys without"),
-        ("attention: {carry: {kind: selective}}\ncache: {evict: {kind: streaming}}", "cache.evict keeps some keys without"),
+        ("attention: {carry: {kind: selective}}\ncache: {evict: {kind: streaming}}", "cache.evict.kind streaming keeps some keys without"),
         ("attention: {carry: {kind: selective}}\nlayout: {kind: striped}", "set it to zigzag or contiguous"),
         ("attention: {carry: {kind: selective}}\nmodel: {tensor_parallel: 2}", "attention.carry looks at all heads"),
     ],

@@ -122,8 +122,9 @@ def test_ties_infinities_and_nan_are_settled_alike_on_any_ranks(size):
         ranks = virtual.run(_choose, scores, indices, budget, size=size)
         for b in range(2):
             for g in range(2):
-                value = lambda n, row=scores[b, g]: -float(row[n].nan_to_num(-torch.inf, torch.inf, -torch.inf))
-                order = sorted((n for n in range(23) if indices[b, g, n] >= 0), key=lambda n: (value(n), int(indices[b, g, n])))
+                value = lambda n, row=scores[b, g]: -float(row[n].nan_to_num(torch.finfo(torch.float64).min, torch.inf, -torch.inf))
+                may = [n for n in range(23) if indices[b, g, n] >= 0 and scores[b, g, n] != -torch.inf]
+                order = sorted(may, key=lambda n: (value(n), int(indices[b, g, n])))
                 number = max(min(budget, len(order)), sum(value(n) == -torch.inf for n in order))
                 assert sorted(j for kept, _ in ranks for j in kept[b][g]) == sorted(int(indices[b, g, n]) for n in order[:number])
                 assert all(int(n[b, g]) == number for _, n in ranks)

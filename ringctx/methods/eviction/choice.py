@@ -19,14 +19,15 @@ def keep(ring: Ring, scores: Tensor, indices: Tensor, budget: int) -> tuple[Tens
     """Which of this rank's slots are kept, bool (b f n), how many keys each head keeps on all ranks, int64 (b f), and
     whether any rank drops any key.
 
-    scores (b f n), higher is kept, +inf whatever the budget, NaN the lowest; indices (b f n), -1 where a slot is empty.
+    scores (b f n), higher is kept, +inf is kept and -inf dropped whatever the budget, NaN is the lowest else; indices (b f n), -1
+    where a slot is empty.
     Ties go to the lower index, so the kept set is the same on any number of ranks and in any layout. All ranks must call it together.
     """
     filled = indices >= 0
-    scores = scores.double().nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    counts = torch.stack((filled.sum(-1), (filled & scores.isposinf()).sum(-1)))
+    scores = scores.double().nan_to_num(torch.finfo(torch.float64).min, torch.inf, -torch.inf)
+    counts = torch.stack((filled.sum(-1), (filled & scores.isposinf()).sum(-1), (filled & ~scores.isneginf()).sum(-1)))
     counts = torch.stack(share(ring, counts, "scores")).sum(0) if ring.size > 1 else counts
-    number = counts[1].clamp(min=budget).minimum(counts[0])  # of keys that are kept
+    number = counts[1].clamp(min=budget).minimum(counts[2])  # of keys that are kept
     excess = counts[0] - number
     if not bool(excess.any()):
         return filled, number, False

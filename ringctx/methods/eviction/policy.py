@@ -26,6 +26,7 @@ class Held:
 
     heads: the f key heads' numbers in the model. keys (b n f d), before rotation, values (b n f e); indices (b f n), -1 where a
     slot is empty. mass (b f n): what the voters gave each key, averaged over the query heads that share it; 0 without voters.
+    carry (b n): what keys carry, the same for all heads; None where they carry nothing.
     length: tokens of the sequence so far, evicted ones included. num_voters: of the newest of them voted since the last eviction.
     """
 
@@ -39,6 +40,7 @@ class Held:
     indices: Tensor
     mass: Tensor
     num_voters: int = 0
+    carry: Tensor | None = None
 
     def everywhere(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (b f n) of all ranks, in the order of indices: x and indices (b f N), 0 and FAR where slots are empty.
@@ -67,7 +69,7 @@ class CachePolicy:
         raise NotImplementedError
 
     def score(self, held: Held) -> Tensor:
-        """(b f n): higher is kept; +inf is kept whatever the budget, NaN is the lowest. Empty slots may score anything."""
+        """(b f n): higher is kept; +inf is kept and -inf dropped whatever the budget, NaN is the lowest else. Empty slots: anything."""
         raise NotImplementedError
 
     def voters(self, begin: int, end: int) -> range:
