@@ -196,8 +196,9 @@ def train(typed: Typed, config: Path, ranks: int | None, as_json: bool, override
 @ringctx.command("eval")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option(
-    "--task", type=click.Choice(["needle", "needles", "variables", "perplexity", "heads"]), required=True,
-    help="Find a number in a text; find several with names; follow assignments; predict the text; name the heads that find.",
+    "--task", type=click.Choice(["needle", "needles", "variables", "perplexity", "heads", "budgets", "search"]), required=True,
+    help="Find a number in a text; find several with names; follow assignments; predict the text; name the heads that find; "
+    "predict held-out data of `training` from few keys; search the budgets of layers.",
 )  # fmt: skip
 @click.option("--length", type=click.IntRange(min=2), multiple=True, help="Tokens to read; may be repeated.")
 @click.option("--depth", type=click.FloatRange(0, 1), multiple=True, help="Where a needle lies, 0 first, 1 last; may be repeated.")
@@ -209,8 +210,11 @@ def train(typed: Typed, config: Path, ranks: int | None, as_json: bool, override
 )  # fmt: skip
 @click.option("--count", type=int, help="Needles, or variables (chains, with --hops), 4 by default; heads to choose, 8 by default.")
 @click.option("--hops", type=int, help="How often a variable's value is handed on; 0 by default.")
-@click.option("--stride", type=int, help="Perplexity through windows of --length tokens that slide by so many.")
+@click.option("--stride", type=int, help="Tokens by which the windows of perplexity slide; keys that a cut of search takes.")
 @click.option("--tokens", type=int, help="With --stride: tokens of the text that the windows slide over.")
+@click.option("--policy", multiple=True, help="Who keeps keys: whole, forgotten, streaming, window, h2o, snapkv, random; may be repeated.")
+@click.option("--budget", type=int, multiple=True, help="Keys that a query sees; may be repeated. Of search, those to begin with.")
+@click.option("--rise", type=float, help="Of the loss, at which search ends; 0.02 by default.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

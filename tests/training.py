@@ -71,3 +71,12 @@ def gradients_of(ring: Ring, kind: str, length: int, carries: bool) -> list[Tens
     loss, memory = trainer.losses(batch_of(ring, kind, length))
     (loss + 0.3 * memory).backward()
     return [p.grad for p in trainer.model.parameters()]
+
+
+def model_and_trainer(path: Path, *overrides: str) -> tuple[Config, Trainer]:
+    """The trained model of a checkpoint, wrapped anew."""
+    from ringctx.training.model import model_of
+
+    asked = config(path.parent, f"model.path={path}", "training.scratch.layers=0", "training.data=text", *overrides)
+    model, context = model_of(asked, Ring.alone(), None)
+    return asked, Trainer.of(model, context, asked.training)

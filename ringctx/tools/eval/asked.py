@@ -16,6 +16,8 @@ TASKS = {
     "variables": ("seed", "count", "hops"),
     "perplexity": ("stride", "tokens"),
     "heads": ("seed", "wording", "count"),
+    "budgets": ("policy", "budget"),
+    "search": ("budget", "stride", "rise"),
 }
 """What each task may be told beside --length."""
 SHIPPED = Path(__file__).parents[3] / "launch" / "documents" / "kjv.txt.gz"
@@ -33,7 +35,8 @@ class Asked:
     depth: where a needle lies, 0 first, 1 last; of needles, where each of them does, the middles of equal parts by default.
     seed: of what is drawn. wording: names in WORDINGS. count: of needles, of variables, or of heads to choose. hops: from a
     variable's number to the one asked for. stride: tokens that each window of a perplexity adds. tokens: of the text that those
-    windows slide over.
+    windows slide over. policy: who chooses which keys are kept, budget: how many (of search, to begin with); of search, stride: keys
+    that a cut takes, rise: of the loss, where it ends.
     """
 
     task: str
@@ -46,11 +49,14 @@ class Asked:
     hops: int | None = None
     stride: int | None = None
     tokens: int | None = None
+    policy: tuple[str, ...] = ()
+    budget: tuple[int, ...] = ()
+    rise: float | None = None
 
     def __post_init__(self) -> None:
         if not self.length:
             raise ConfigError(f"`ringctx eval --task {self.task}` needs --length N: how many tokens to read.")
-        for option in ("depth", "seed", "wording", "count", "hops", "stride", "tokens"):
+        for option in ("depth", "seed", "wording", "count", "hops", "stride", "tokens", "policy", "budget", "rise"):
             if getattr(self, option) not in ((), None) and option not in TASKS[self.task]:
                 others = " or ".join(f"--task {task}" for task, options in TASKS.items() if option in options)
                 raise ConfigError(f"--{option} means nothing to --task {self.task}; leave --{option} out, or ask for {others}.")
@@ -72,6 +78,12 @@ class Asked:
             )
         if self.task == "perplexity":
             self._check_windows()
+        if self.task in ("budgets", "search") and min(self.budget, default=2) < 2:
+            raise ConfigError(f"--budget is {min(self.budget)}; a query sees itself and another key at least: 2 or more.")
+        if self.task == "budgets" and not self.budget and set(self.policy) != {"whole"}:
+            raise ConfigError("`ringctx eval --task budgets` needs --budget N, how many keys are kept; it may be repeated.")
+        if self.task == "search" and (len(self.budget) > 1 or len(self.length) > 1):
+            raise ConfigError("`ringctx eval --task search` begins with one --budget and sequences of one --length; give one of each.")
 
     def _check_windows(self) -> None:
         if (self.stride is None) != (self.tokens is None):

@@ -16,7 +16,7 @@ from ringctx.runtime.engine import Engine
 def density(engine: Engine) -> float:
     """Pairs allowed over pairs that causal attention has, n (n + 1) / 2 for n tokens; the mean of all layers and heads.
 
-    It asks what the layers attended in the prompt read last, chunk by chunk, what selectors chose included.
+    It asks what the layers attended in the prompt read last, chunk by chunk, what selectors chose included; 1 where none was read.
     """
     heads = int(engine.model.config.num_attention_heads)
     layers = Counter(tuple(chunks) for chunks in engine.context.chunks.values())
@@ -26,6 +26,8 @@ def density(engine: Engine) -> float:
         for layout, whole in chunks
         for group, part in whole.heads(heads)
     )
+    if not layers:
+        return 1.0
     lengths = {chunks: chunks[-1][0].length for chunks in layers}
     return 2 * allowed / (heads * sum(times * lengths[chunks] * (lengths[chunks] + 1) for chunks, times in layers.items()))
 

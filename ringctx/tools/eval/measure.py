@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ringctx.config import Config
 from ringctx.core.ring import Ring
 from ringctx.runtime.answer import Listener
 from ringctx.runtime.engine import Engine
-from ringctx.tools.eval import heads, needle, perplexity, variables
+from ringctx.tools.eval import budgets, heads, needle, perplexity, variables
 from ringctx.tools.eval.asked import COUNT, HEADS, Asked, Result
 from ringctx.tools.eval.asking import ANSWER_TOKENS
 from ringctx.tools.eval.wordings import TO_TUNE, WORDINGS
@@ -81,7 +81,43 @@ def _heads(engine: Engine, asked: Asked) -> Result:
     )
 
 
-BY_TASK = {"needle": _needle, "needles": _needles, "variables": _variables, "perplexity": _perplexity, "heads": _heads}
+def _budgets(engine: Engine, asked: Asked) -> Result:
+    policies, rows = asked.policy or budgets.POLICIES, []
+    with _count(engine, "Budgets", len(asked.length) * (len(policies) * len(asked.budget))) as done:
+        for length in asked.length:
+            rows += budgets.curve(engine, budgets.pairs_of(engine, length), policies, asked.budget, done)
+    return Result(task=asked.task, rows=rows, protocol=budgets.PROTOCOL)
+
+
+def _search(engine: Engine, asked: Asked) -> Result:
+    (length,), start = asked.length, (asked.budget or asked.length)[0]
+    step, rise = asked.stride or max(start // 8, 1), 0.02 if asked.rise is None else asked.rise
+    with _count(engine, "Search, at most", engine.num_layers**2 * start // step) as done:
+        rows = budgets.search(engine, budgets.pairs_of(engine, length), start, step, rise, done)
+    return Result(task=asked.task, rows=rows, protocol=budgets.SEARCH)
+
+
+BY_TASK = {
+    "needle": _needle,
+    "needles": _needles,
+    "variables": _variables,
+    "perplexity": _perplexity,
+    "heads": _heads,
+    "budgets": _budgets,
+    "search": _search,
+}
+
+
+@contextmanager
+def _count(engine: Engine, title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar over so many things, of which each call says that one is done; nothing on ranks other than 0."""
+    if engine.world.rank:
+        yield lambda: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ COLUMNS = {
     "variables": ("length", "depth", "seed", "correct"),
     "perplexity": ("length", "windows", "tokens", "nll", "perplexity"),
     "heads": ("length", "seed", "prompt_tokens", "blocks"),
+    "budgets": ("length", "policy", "keys", "loss", "exact"),
+    "search": ("length", "budgets", "keys", "loss"),
 }
 """What a person is shown of each task, before what it cost."""
 COST = {
@@ -30,7 +32,7 @@ COST = {
 LEAST_WIDTH = 120
 """Columns of a terminal that the widest table takes; a narrower one folds its lines rather than lose figures."""
 IN_BYTES = ("bytes", "memory", "anonymous")
-DRAWN = ("needle", "needles", "heads")
+DRAWN = ("needle", "needles", "heads", "budgets", "search")
 """Tasks with a picture."""
 
 
@@ -57,6 +59,8 @@ def _heads(result: HeadsResult) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, bool):
@@ -93,6 +97,8 @@ def write(result: Result, out: Path) -> list[Path]:
         written.append(out / f"{result.task}.png")
         if isinstance(result, HeadsResult):
             _draw_heads(result, written[1])
+        elif result.task in ("budgets", "search"):
+            _draw_budgets(result, written[1])
         else:
             _draw_needles(result, written[1])
     return written
@@ -125,6 +131,26 @@ def _draw_needles(result: Result, path: Path) -> None:
         for (length, depth), (found, tried) in counts.items():
             axes.text(lengths.index(length), depths.index(depth), f"{found}/{tried}", ha="center", va="center")
     axes.set(xlabel="tokens", ylabel="depth", title=f"needles found: {result.accuracy:.0%}")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_budgets(result: Result, path: Path) -> None:
+    """Keys across, loss up, a line a policy and length; what keeps all is a level line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for row in result.json()["rows"]:
+        lines.setdefault((row["length"], row["policy"]), []).append((row["keys"], row["loss"]))
+    for (length, policy), points in lines.items():
+        label = f"{policy}, {length} tokens" if len({n for n, _ in lines}) > 1 else policy
+        if policy == "whole":
+            axes.axhline(points[0][1], linestyle=":", label=label)
+        else:
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+    axes.set(xlabel="keys that a query sees", ylabel="-log p of a token", xscale="log")
+    axes.legend()
     figure.savefig(path, dpi=150)
 
 
