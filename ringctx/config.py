@@ -210,6 +210,8 @@ class Config:
             raise ConfigError(
                 "cache.evict.kind forgotten judges keys by what they carry; set attention.carry.kind to selective in all layers."
             )
+        if self.cache.evict.bound and self.positions.kind != "none":
+            raise ConfigError("cache.evict.bound knows the model's own rotation alone; leave attention.positions out, or set budgets.")
         if not self.carries:
             return
         for name, is_set in (

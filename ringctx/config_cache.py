@@ -44,7 +44,7 @@ class RecallConfig:
 _EVICT = {
     "none": (), "streaming": ("sinks", "recent"), "duo": ("sinks", "recent", "streaming"), "h2o": ("heavy", "recent"),
     "snapkv": ("keys", "window", "kernel", "pooling"), "pyramidkv": ("keys", "window", "kernel", "pooling", "beta"),
-    "forgotten": ("budgets", "threshold"),
+    "forgotten": ("budgets", "threshold", "bound"),
 }  # fmt: skip
 """The keys that each kind of cache.evict takes, besides each_chunk."""
 
@@ -79,6 +79,8 @@ class EvictConfig:
     """forgotten: keys that a query sees, itself included: one number for all layers, or one a layer; none for as many as there are."""
     threshold: float | None = None
     """forgotten: keys from which later queries subtract more than this are dropped in any case."""
+    bound: float | None = None
+    """forgotten: drop only keys that cannot matter: of each softmax at most this share is lost, such as 1e-6, whatever comes."""
 
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):
@@ -98,10 +100,10 @@ class EvictConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"cache.evict.{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.kind == "forgotten" and (min(self.budgets, default=2) < 2 or not (self.budgets or self.threshold)):
+        if self.kind == "forgotten" and (min(self.budgets, default=2) < 2 or not (self.budgets or self.threshold or self.bound)):
             raise ConfigError(
                 f"cache.evict.budgets is {list(self.budgets)} and threshold {self.threshold}; forgotten needs budgets of 2 or more, "
-                "or a threshold above 0, or both."
+                "a threshold above 0, or a bound."
             )
         if self.kind == "h2o" and not self.heavy + self.recent:
             raise ConfigError("cache.evict keeps no key at all: heavy and recent are 0; keep at least 1.")

@@ -24,6 +24,7 @@ from ringctx.core.ring import Ring
 from ringctx.device import device_of, dtype_of, keep_freed_memory, peak_memory
 from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, shards, trained_of, turn, wrap
+from ringctx.huggingface.bounds import swings_of
 from ringctx.huggingface.weights import checkpoint
 from ringctx.methods import extend
 from ringctx.runtime.answer import Abandoned, Answer, Folders, Listener, Seconds
@@ -82,11 +83,11 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, column = shards.load(folder, ring, config.model.tensor_parallel, dtype=dtype, device=device)
         known = trained_of(model) if config.positions.kind != "none" else None
-        asked = layers_of(config.attention, model.config)
+        asked, swings = layers_of(config.attention, model.config), swings_of(model) if config.cache.evict.bound else ()
         context = wrap(model, column, asked, transport=config.ring.transport, kernel=config.ring.kernel)
         engine = cls(model, tokenizer, context, config, device, time.perf_counter() - began, known, all_ranks=ring)
-        engine.evictor = context.evictor = evictor_of(config.cache.evict, engine.num_layers, engine._shape().heads)
-        engine._extend(1)  # what this model cannot take is refused now, not after the prompt
+        engine.evictor = context.evictor = evictor_of(config.cache.evict, engine.num_layers, engine._shape().heads, swings)
+        engine.extend(1)  # what this model cannot take is refused now, not after the prompt
         heads_of(config.cache.recall, model)
         logger.info("%s in %s on %s, loaded in %.1f s.", config.model.path, str(dtype).removeprefix("torch."), device, engine.load_seconds)
         return engine
@@ -211,7 +212,7 @@ class Engine:
                 f"The prompt of {len(prompt)} tokens does not begin with the {num_read} tokens that were read, or adds none to them; "
                 "give it the tokens that were read and the question's after them."
             )
-        self._extend(reading.length)
+        self.extend(reading.length)
         prefill_began = time.perf_counter()
         with self._going_on(reading, prompt[num_read:], is_new) as (cache, rest):
             logits = self._rest(cache, rest, listener)
@@ -292,7 +293,7 @@ class Engine:
         more = -(-num_new // ring.size) + config.cache.page
         rooms = [sum(x.count(rank) for x in layouts) + more for rank in range(ring.size)]
         storage, spill = choose(config.cache, max(rooms), self._shape())
-        self._extend(num_tokens + num_new)
+        self.extend(num_tokens + num_new)
         page, keep_rotated = config.cache.page, config.cache.keep_rotated
         return KVCache(self.num_layers, ring.rank, ring.size, page, keep_rotated, rooms[ring.rank], storage, spill)
 
@@ -349,7 +350,7 @@ class Engine:
         width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
         return Shape(self.num_layers, shards.key_heads_of(self.model), width, self.model.dtype)
 
-    def _extend(self, length: int) -> None:
+    def extend(self, length: int) -> None:
         """Turn positions as `attention.positions` says for a sequence of this many tokens, the answer's included.
 
         It is the whole sequence's length, so ranks agree on it, and it holds for prefill and decode alike.

@@ -84,8 +84,8 @@ class Evictor:
             cache.evict(layer, [kept for kept, _, _ in choices], [parted(number) for _, number, _ in choices])
 
 
-def evictor_of(config: EvictConfig, num_layers: int, num_heads: int) -> Evictor | None:
-    """What the configuration asks for of a model with so many layers and key heads, or None for nothing.
+def evictor_of(config: EvictConfig, num_layers: int, num_heads: int, swings: tuple[float, ...] = ()) -> Evictor | None:
+    """What the configuration asks for of a model with so many layers and key heads, or None for nothing. swings: `swings_of`.
 
     Raises ConfigError for a head that the model has not.
     """
@@ -116,5 +116,5 @@ def evictor_of(config: EvictConfig, num_layers: int, num_heads: int) -> Evictor 
                     f"cache.evict.budgets has {len(config.budgets)} numbers, but the model has {num_layers} layers; give 1, or 1 a layer."
                 )
             keys = config.budgets[0] if len(config.budgets) == 1 else config.budgets or None
-            policy = Forgotten(keys, math.inf if config.threshold is None else config.threshold)
+            policy = Forgotten(keys, math.inf if config.threshold is None else config.threshold, config.bound or 0.0, swings)
     return Evictor(policy, num_layers, config.each_chunk)

@@ -98,6 +98,24 @@ def test_outputs_and_kept_keys_are_those_of_the_definition(name: str, size: int,
     check(virtual.run(on_rank, POLICIES[name], PLAIN, kind, True, size=size), POLICIES[name], PLAIN)
 
 
+def test_a_bound_drops_keys_that_cannot_matter() -> None:
+    q, k, v = inputs()
+    every = torch.arange(q.shape[1])
+    assert PLAIN.encoding is not None
+    turned = PLAIN.encoding.queries(q, every), PLAIN.encoding.keys(k, every).repeat_interleave(HEADS // KEY_HEADS, 2)
+    logits = torch.einsum("bqhd,bkhd->bhqk", *turned) / math.sqrt(q.shape[3])
+    swing = float((logits - logits.diagonal(dim1=2, dim2=3).unsqueeze(-1)).abs().max())
+    bound = 0.01
+    policy = Forgotten(bound=bound, swings=(swing,))
+    ranks = virtual.run(on_rank, policy, PLAIN, "zigzag", True, size=2)
+    whole = by_definition(Forgotten(len(every)), PLAIN, inputs(), calls())[0]
+    held = set().union(*(sets[0][0] for _, sets, _ in ranks))
+    assert 0 in held and len(held) < len(every) - 3
+    for outs, _, _ in ranks:
+        for indices, part in outs:
+            assert float((part - whole[:, indices]).abs().max()) <= 2 * bound * float(v.abs().max())
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_scores_sinks_and_windows_count(size: int) -> None:
     check(virtual.run(on_rank, POLICIES["both"], SCORED, "zigzag", True, size=size), POLICIES["both"], SCORED)

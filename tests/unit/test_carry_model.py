@@ -16,6 +16,7 @@ from ringctx.asked.layers import layers_of
 from ringctx.cli import main
 from ringctx.config import AttentionConfig, CarryConfig, parse
 from ringctx.huggingface import unwrap, wrap
+from ringctx.huggingface.bounds import swings_of
 from ringctx.methods.selective import Selective
 from ringctx.patterns import causal, window
 from ringctx.runtime.cache import KVCache
@@ -170,3 +171,28 @@ def test_per_head_patterns_of_ones_own_are_refused_by_the_call():
     wrap(model, Ring.alone(), Attention(pattern=per_head({causal(): (0, 1), causal() & window(9): (2, 3)}), carry=Selective()))
     with pytest.raises(Unsupported, match="differs by head"):
         logits(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_no_logit_swings_beyond_its_bound(kind):
+    model = tiny(kind)
+    swings = swings_of(model)
+    context, found = wrap(model, Ring.alone()), []
+
+    def attend(layer, q, k, v, attention):
+        every = torch.arange(q.shape[1])
+        turned = attention.encoding.queries(q, every), attention.encoding.keys(k, every).repeat_interleave(q.shape[2] // k.shape[2], 2)
+        logits = torch.einsum("bqhd,bkhd->bhqk", *turned) * (attention.scale or q.shape[3] ** -0.5)
+        found.append(float((logits - logits.diagonal(dim1=2, dim2=3).unsqueeze(-1)).abs().max()))
+        return dense(attention, q, k, v).out.float()
+
+    context.attend = attend
+    logits(model)
+    assert len(found) == len(swings) == 4
+    assert all(0.02 * swing < most <= swing for most, swing in zip(found, swings, strict=True))
+
+
+def test_a_family_without_such_a_bound_is_refused():
+    with pytest.raises(Unsupported, match="'phi3' can be apart was not derived"):
+        swings_of(tiny("phi3"))

@@ -15,16 +15,22 @@ from ringctx.methods.eviction.policy import CachePolicy, Held
 
 @dataclass(frozen=True)
 class Forgotten(CachePolicy):
-    """Drop the keys that carry the largest F while there are more than the budget, and all whose F is above the threshold.
+    """Drop the keys that carry the largest F while there are more than the budget, and all whose F is above the threshold or the bound.
 
     keys: the budget of every layer, or one a layer; a query sees so many keys, itself included: one place is left for the token
-    that comes. None: as many as there are. F only grows, so a key that was dropped would never have been wanted more; first tokens
+    that comes. None: as many as there are.
+    bound: of each later row at most this share of the softmax is lost, in every head, if no L_ij - L_ii exceeds the layer's swing:
+    key j has at most exp(swing - F) of it, since a row's own key has at least exp(L_ii), and is dropped where that is below
+    bound / ((j + 1) (j + 2)); these shares of all keys add up to the bound. 0: nobody is dropped by it.
+    F only grows, so a key that was dropped would never have been wanted more; first tokens
     carry nothing and stay.
     Source: Leviathan, Kalman & Matias 2024 (Selective Attention, arXiv 2410.02703), context pruning; before each token here.
     """
 
     keys: int | tuple[int, ...] | None = None
     threshold: float = math.inf
+    bound: float = 0.0
+    swings: tuple[float, ...] = ()
     at_steps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -33,6 +39,9 @@ class Forgotten(CachePolicy):
             raise ConfigError(f"Forgotten was given keys {self.keys}; a token sees itself and another key at least: 2 or more.")
         if not self.threshold > 0:
             raise ConfigError(f"Forgotten was given threshold {self.threshold}; it must be more than 0, since new keys carry 0.")
+
+        if not 0 <= self.bound < 1:
+            raise ConfigError(f"Forgotten was given bound {self.bound}; it is the share of a softmax that may be lost, below 1.")
 
     def budget(self, layer: int, num_layers: int, length: int) -> int:
         if self.keys is None:
@@ -46,5 +55,9 @@ class Forgotten(CachePolicy):
     def score(self, held: Held) -> Tensor:
         if held.carry is None:
             raise ConfigError(f"Keys of layer {held.layer} carry nothing to be judged by; give its attention a carry, or evict otherwise.")
-        carry = held.carry.double()
-        return (-carry).masked_fill(carry > self.threshold, -torch.inf)[:, None].expand(held.indices.shape)
+        carry = held.carry.double()[:, None].expand(held.indices.shape)
+        drops = carry > self.threshold
+        if self.bound:
+            j = held.indices.double().clamp(min=0)
+            drops = drops | (carry > self.swings[held.layer] + ((j + 1) * (j + 2) / self.bound).log())
+        return (-carry).masked_fill(drops, -torch.inf)

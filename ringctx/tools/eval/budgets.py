@@ -126,7 +126,7 @@ def predicted(engine: Engine, pairs: Pairs, policy: CachePolicy | None) -> tuple
     cache = KVCache(engine.num_layers, ring.rank, ring.size, engine.config.cache.page, room=length)
     at_steps = policy is None or policy.at_steps
     evictor = None if policy is None else Evictor(policy, engine.num_layers, each_chunk=not at_steps)
-    engine._extend(length)
+    engine.extend(length)
     before, context.evictor = context.evictor, evictor
     total = torch.zeros(3, dtype=torch.float64)
     try:
