@@ -51,7 +51,7 @@ def test_an_override_can_take_a_value_away():
     [
         ("ring: {tiemout: 3}", "There is no key 'ring.tiemout'; did you mean 'timeout'?"),
         ("rings: {timeout: 3}", "There is no key 'rings'; did you mean 'ring'?"),
-        ("zzz: 1", "There is no key 'zzz'; the keys here are model, ring, layout, attention, cache, generation, server."),
+        ("zzz: 1", "There is no key 'zzz'; the keys here are model, ring, layout, attention, cache, generation, server, training."),
         ("ring: {timeout: 3, timeout: 4}", "Line 1: the key 'timeout' is written twice; keep one."),
         ("ring: {timeout: 3}\nring: {timeout: 4}", "Line 2: the key 'ring' is written twice; keep one."),
         ("ring: {timeout: soon}", "ring.timeout is 'soon', text; it must be a number."),

@@ -288,7 +288,9 @@ def test_keys_that_were_evicted_are_not_attended_by_branches_of_a_layer():
 
 def test_the_blocks_that_the_documentation_shows_are_read():
     page = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
-    last, fourth, duo = (by_layer(parse(text).attention, 30, 9) for text in re.findall(r"```yaml\n(.*?)```", page, re.S))
+    *shown, pruned = (parse(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.S))
+    last, fourth, duo = (by_layer(config.attention, 30, 9) for config in shown)
+    assert pruned.cache.evict.budgets == (64,) and pruned.carries
     windowed = AttentionConfig(window=1024, sinks=4)
     assert [parts[0][1] == WHOLE for parts in last.values()] == [False] * 29 + [True]
     assert [layer for layer, parts in fourth.items() if parts[0][1] == WHOLE] == [*range(0, 30, 4)]

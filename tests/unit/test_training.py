@@ -77,10 +77,13 @@ def test_every_question_is_answered_by_the_latest_value():
         for at, (token, answer) in enumerate(zip(line, answers, strict=True)):
             word = words[token]
             if answer != IGNORED:
-                assert word == "?" and words[answer] == latest[words[line[at - 1]]]
+                assert word.endswith("?") and words[answer] == latest[word[:-1]]
                 asked += 1
-            if word.startswith("value") and words[line[at - 1]] != "?":
-                latest[words[line[at - 1]]] = word
+            if "=" in word:
+                name, value = word.split("=")
+                latest[name] = value
+        for token, following in zip(line, line[1:], strict=False):
+            assert words[following].startswith("value") or not words[token].endswith("?")
         assert words[line[0]] == "<begin>"
     assert asked > 40
     assert torch.equal(variables.draw(task, 6, 200, seed=1)[0], ids) and not torch.equal(variables.draw(task, 6, 200, seed=2)[0], ids)
@@ -183,9 +186,9 @@ def test_the_command_trains_and_other_commands_take_the_model(tmp_path, capsys):
     assert main(["train", str(tmp_path / "c.yaml"), "--set", f"training.out={tmp_path / 'run'}", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"steps", "loss", "grad_norm", "tokens_per_second", "memory"} <= set(result)
-    (tmp_path / "text.txt").write_text("name0 value1 noise0 name1 value2 noise1 name0 value3 " * 4)
+    (tmp_path / "text.txt").write_text("name0=value1 noise0 name1=value2 noise1 name0=value3 " * 8)
     took = [str(tmp_path / "c.yaml"), "--set", f"model.path={result['checkpoint']}", "--document", str(tmp_path / "text.txt")]
-    assert main(["generate", *took, "--question", "name0 ?", "--json", "--set", "generation.max_new_tokens=3"]) == 0
+    assert main(["generate", *took, "--question", "name0?", "--json", "--set", "generation.max_new_tokens=3"]) == 0
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]) == 3
     assert main(["eval", *took, "--task", "perplexity", "--length", "30", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
