@@ -70,7 +70,8 @@ def test_other_policies_lose_nothing_with_room_for_all_and_something_with_less(t
     pairs = budgets.pairs_of(ours, LENGTH)
     whole = budgets.predicted(ours, pairs, None)
     assert budgets.predicted(ours, pairs, budgets.policy_of(name, 2 * LENGTH + budgets.CHUNK, 2 * LENGTH)) == pytest.approx(whole, rel=1e-4)
-    assert budgets.predicted(ours, pairs, budgets.policy_of(name, 26 if name == "snapkv" else 5, LENGTH)) != pytest.approx(whole, rel=1e-4)
+    loss, _ = budgets.predicted(ours, pairs, budgets.policy_of(name, 26 if name == "snapkv" else 5, LENGTH))
+    assert abs(loss - whole[0]) > 1e-5 * whole[0]  # far more than the order of a sum decides
     assert budgets.policy_of("snapkv", 20, LENGTH) is None
 
 

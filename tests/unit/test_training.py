@@ -74,7 +74,7 @@ def test_every_question_is_answered_by_the_latest_value():
     asked = 0
     for line, answers in zip(ids.tolist(), labels.tolist(), strict=True):
         latest: dict[str, str] = {}
-        for at, (token, answer) in enumerate(zip(line, answers, strict=True)):
+        for token, answer in zip(line, answers, strict=True):
             word = words[token]
             if answer != IGNORED:
                 assert word.endswith("?") and words[answer] == latest[word[:-1]]
