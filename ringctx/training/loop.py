@@ -11,6 +11,8 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,23 +183,13 @@ class Log:
         self.board.flush()
 
 
-class _bar:
+@contextmanager
+def _bar(ring: Ring, done: int, steps: int) -> Iterator[Callable[[float], None]]:
     """A bar of steps with the loss and an estimate of the time left; nothing on ranks other than 0."""
-
-    def __init__(self, ring: Ring, done: int, steps: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.progress = None if ring.rank else Progress(*columns, console=Console(stderr=True))
-        self.task = None if self.progress is None else self.progress.add_task("Training", total=steps, completed=done)
-
-    def __enter__(self) -> Any:
-        if self.progress is not None:
-            self.progress.start()
-        return self._advance
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-    def _advance(self, loss: float) -> None:
-        if self.progress is not None and self.task is not None:
-            self.progress.update(self.task, advance=1, description=f"Training, loss {loss:.3f}")
+    if ring.rank:
+        yield lambda loss: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("Training", total=steps, completed=done)
+        yield lambda loss: progress.update(task, advance=1, description=f"Training, loss {loss:.3f}")
