@@ -30,6 +30,20 @@ def draw(task: VariablesConfig, count: int, length: int, seed: int) -> tuple[Ten
     return tokens[:, :-1], torch.where(answers[:, 1:], tokens[:, 1:], IGNORED)
 
 
+def ages(task: VariablesConfig, ids: Tensor, labels: Tensor) -> Tensor:
+    """Of each question, how many tokens ago its name was assigned the value that is asked for, (questions,)."""
+    first_assignment = 1 + task.names + task.values + task.noise
+    found = []
+    for line, answers in zip(ids.tolist(), labels.tolist(), strict=True):
+        assigned = dict[int, int]()
+        for at, (token, answer) in enumerate(zip(line, answers, strict=True)):
+            if token >= first_assignment:
+                assigned[(token - first_assignment) // task.values] = at
+            elif answer != IGNORED:
+                found.append(at - assigned[token - 1])
+    return torch.tensor(found)
+
+
 def _text(task: VariablesConfig, length: int, make: torch.Generator) -> tuple[list[int], list[bool]]:
     """Tokens, and which of them answer a question."""
     first_value = 1 + task.names

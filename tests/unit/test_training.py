@@ -86,6 +86,12 @@ def test_every_question_is_answered_by_the_latest_value():
             assert words[following].startswith("value") or not words[token].endswith("?")
         assert words[line[0]] == "<begin>"
     assert asked > 40
+    at = [[n for n, answer in enumerate(row) if answer != IGNORED] for row in labels.tolist()]
+    ages = variables.ages(task, ids, labels).tolist()
+    for row, places in enumerate(at):
+        for place in places:
+            name = words[int(ids[row, place])][:-1]
+            assert words[int(ids[row, place - ages.pop(0)])] == f"{name}={words[int(labels[row, place])]}"
     assert torch.equal(variables.draw(task, 6, 200, seed=1)[0], ids) and not torch.equal(variables.draw(task, 6, 200, seed=2)[0], ids)
 
 

@@ -24,6 +24,7 @@ from ringctx.runtime.engine import Engine
 from ringctx.runtime.evict import Evictor
 from ringctx.tools.eval.asked import Row
 from ringctx.tools.eval.cost import counted
+from ringctx.training import variables
 from ringctx.training.batch import IGNORED
 from ringctx.training.data import Pairs, data_of
 
@@ -49,13 +50,15 @@ class Random(TopK):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetRow(Row):
-    """Predictions under one budget. budgets: of each layer, where they differ; keys: their mean."""
+    """Predictions under one budget. budgets: of each layer, where they differ; keys: their mean. in_reach: of data: variables, the
+    share of questions whose value was assigned among the latest so many tokens, which is what a window can know; else None."""
 
     policy: str
     budgets: list[int]
     keys: float
     loss: float
     exact: float
+    in_reach: float | None
 
 
 def policy_of(name: str, keys: int, length: int) -> CachePolicy | None:
@@ -115,7 +118,11 @@ def _row(engine: Engine, pairs: Pairs, name: str, policy: CachePolicy | None, bu
     length, mean = pairs[0].shape[1], sum(budgets) / len(budgets)
     seen = sum(min(i + 1, keys) for keys in budgets for i in range(length))
     cost["density"] = seen / len(budgets) / (length * (length + 1) / 2)
-    return BudgetRow(length=length, depth=None, correct=None, **cost, policy=name, budgets=budgets, keys=mean, loss=loss, exact=exact)
+    task, in_reach = engine.config.training, None
+    if task.data == "variables":
+        in_reach = float((variables.ages(task.variables, *pairs) < mean).float().mean())
+    found = {"policy": name, "budgets": budgets, "keys": mean, "loss": loss, "exact": exact, "in_reach": in_reach}
+    return BudgetRow(length=length, depth=None, correct=None, **cost, **found)
 
 
 @torch.no_grad()

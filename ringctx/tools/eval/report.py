@@ -20,7 +20,7 @@ COLUMNS = {
     "variables": ("length", "depth", "seed", "correct"),
     "perplexity": ("length", "windows", "tokens", "nll", "perplexity"),
     "heads": ("length", "seed", "prompt_tokens", "blocks"),
-    "budgets": ("length", "policy", "keys", "loss", "exact"),
+    "budgets": ("length", "policy", "keys", "loss", "exact", "in_reach"),
     "search": ("length", "budgets", "keys", "loss"),
 }
 """What a person is shown of each task, before what it cost."""
