@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def _row(engine: Engine, pairs: Pairs, name: str, policy: CachePolicy | None, bu
     task, in_reach = engine.config.training, None
     if task.data == "variables":
         in_reach = float((variables.ages(task.variables, *pairs) < mean).float().mean())
-    found = {"policy": name, "budgets": budgets, "keys": mean, "loss": loss, "exact": exact, "in_reach": in_reach}
+    found: dict[str, Any] = {"policy": name, "budgets": budgets, "keys": mean, "loss": loss, "exact": exact, "in_reach": in_reach}
     return BudgetRow(length=length, depth=None, correct=None, **cost, **found)
 
 
