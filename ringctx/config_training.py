@@ -71,6 +71,8 @@ class TrainingConfig:
     """The largest norm of all gradients together."""
     memory_loss: float = 0.0
     """How much a key that is not forgotten costs (Selective Attention's epsilon); needs attention.carry."""
+    memory_from: int = 0
+    """Steps before the memory loss counts: from the start it may make a model forget before it has learned anything."""
     seed: int = 0
     """Of weights and of what is drawn from the data; the same on every rank."""
     out: str = "runs/train"
@@ -85,7 +87,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("context", 2), ("batch", 1), ("steps", 1), ("warmup", 0), ("save_every", 1), ("evaluate_every", 1), ("held_out", 1),
-            ("learning_rate", 0.0), ("weight_decay", 0.0), ("clip", 0.0), ("memory_loss", 0.0),
+            ("learning_rate", 0.0), ("weight_decay", 0.0), ("clip", 0.0), ("memory_loss", 0.0), ("memory_from", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least {least}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def trainer_on(ring: Ring, carries: bool, **training: Any) -> Trainer:
     model = tiny().double()
     asked = Attention(carry=Selective()) if carries else None
     settings = parse("training: {memory_loss: 0.3, clip: 0.5}" if carries else "training: {clip: 0.5}").training
-    return Trainer.of(model, wrap(model, ring, asked), settings)
+    return Trainer.of(model, wrap(model, ring, asked), replace(settings, **training))
 
 
 def batch_of(ring: Ring, kind: str, length: int) -> Batch:

@@ -59,7 +59,7 @@ class Trainer:
         return device
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """This rank's parts of the mean loss and of the memory loss (0 where it has no weight)."""
+        """This rank's parts of the mean loss and of the memory loss (0 where it never has a weight)."""
         with self.context.running(batch.layout):
             logits = self.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
         loss = token_loss(logits, batch)
@@ -71,7 +71,8 @@ class Trainer:
         """The optimizer's step `number`, counted from 0."""
         self.model.train()
         loss, memory = self.losses(batch)
-        (loss + self.config.memory_loss * memory).backward()
+        weight = self.config.memory_loss if number >= self.config.memory_from else 0.0
+        (loss + weight * memory).backward()
         found = self.reduce(torch.stack((loss.detach().double(), memory.detach().double())))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
         for group in self.optimizer.param_groups:

@@ -23,7 +23,7 @@ from ringctx.errors import ConfigError
 from ringctx.training import checkpoint, loop, text, variables
 from ringctx.training.batch import IGNORED, Batch, shifted
 from ringctx.training.loss import memory_loss, token_loss
-from tests.training import config, trainer_on
+from tests.training import batch_of, config, trainer_on
 
 
 def test_labels_are_shifted_before_tokens_are_sharded():
@@ -62,6 +62,18 @@ def test_the_rate_rises_and_falls():
     trainer.config = TrainingConfig(steps=110, warmup=10, learning_rate=2.0)
     assert [trainer.rate(n) for n in (0, 9)] == [0.2, 2.0]
     assert_close([trainer.rate(10), trainer.rate(60), trainer.rate(110)], [2.0, 1.1, 0.2])
+
+
+def test_the_memory_loss_counts_from_its_step_on():
+    weights = []
+    for number in (2, 3):
+        trainer = trainer_on(Ring.alone(), True, memory_from=3)
+        before = trainer.step(batch_of(Ring.alone(), "zigzag", 20), number)
+        assert before.memory > 0
+        weights.append(before.grad_norm)
+    plain = trainer_on(Ring.alone(), True, memory_loss=0.0)
+    assert plain.step(batch_of(Ring.alone(), "zigzag", 20), 2).grad_norm == pytest.approx(weights[0], rel=1e-9)
+    assert weights[1] != pytest.approx(weights[0], rel=1e-6)
 
 
 # -- data ---------------------------------------------------------------------------------------------------------------
