@@ -23,7 +23,8 @@ from ringctx.errors import ConfigError
 from ringctx.training import checkpoint, loop, text, variables
 from ringctx.training.batch import IGNORED, Batch, shifted
 from ringctx.training.loss import memory_loss, token_loss
-from tests.training import batch_of, config, trainer_on
+from tests.training import batch_of, config, gradients_of, steps_of, trainer_on
+from tests.virtual import run
 
 
 def test_labels_are_shifted_before_tokens_are_sharded():
@@ -62,6 +63,16 @@ def test_the_rate_rises_and_falls():
     trainer.config = TrainingConfig(steps=110, warmup=10, learning_rate=2.0)
     assert [trainer.rate(n) for n in (0, 9)] == [0.2, 2.0]
     assert_close([trainer.rate(10), trainer.rate(60), trainer.rate(110)], [2.0, 1.1, 0.2])
+
+
+@pytest.mark.parametrize(("kind", "length"), [("zigzag", 37), ("contiguous", 2)])
+def test_gradients_of_virtual_ranks_add_up_and_their_steps_are_those_of_one(kind, length):
+    want, (said, weights) = gradients_of(Ring.alone(), kind, length, True), steps_of(Ring.alone(), kind, length, True)
+    totals = [sum(x) for x in zip(*run(gradients_of, kind, length, True, size=3), strict=True)]
+    assert all(float((total - one).norm()) <= 1e-12 * max(float(one.norm()), 1e-3) for total, one in zip(totals, want, strict=True))
+    for theirs, of_theirs in run(steps_of, kind, length, True, size=3):
+        assert_close(theirs, said, rtol=1e-9, atol=0)
+        assert_close(of_theirs, weights, rtol=1e-7, atol=1e-9)
 
 
 def test_the_memory_loss_counts_from_its_step_on():
