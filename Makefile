@@ -35,7 +35,7 @@ $(READY): setup.cfg pyproject.toml $(CONSTRAINTS)
 	@torch='$(TORCH)'; [ -n "$$torch" ] || { if nvidia-smi -L >/dev/null 2>&1; then torch='torch>=2.13'; else torch='torch==2.13.0'; fi; }; \
 	  echo "$$torch"; $(PY) -m pip install -q $(TORCH_ARGS) -c $(CONSTRAINTS) "$$torch"
 	$(call say,'set-up: ringctx and what it needs')
-	@$(PY) -m pip install -q -c $(CONSTRAINTS) -e '.[huggingface,plot,train,serve,dev]'
+	@$(PY) -m pip install -q -c $(CONSTRAINTS) -e '.[huggingface,plot,train,deepspeed,serve,dev]'
 	@$(PY) -c 'import torch; print(f"torch {torch.__version__}, {torch.cuda.device_count()} GPU")'
 	@touch $@
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ringctx import Ring
 from ringctx.config import load
 from ringctx.runtime.engine import Engine
+from tests import embedded
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".parity"
@@ -149,9 +150,12 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], help="a key of the configuration, such as cache.spill=FOLDER; may be repeated"
     )
+    parser.add_argument("--training", action="store_true", help="instead: steps of training with every engine (tests/embedded.py)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
+    if given.training:
+        return embedded.grid(FOLDER / "training")
     if given.worker:
         ours(given.dtype, given.lengths, given.set)
         return 0

@@ -262,7 +262,9 @@ def _ring(size: int, fold: Fold, limit: float, groups: dict[int, Any]) -> Any:
     from ringctx.core.ring import Ring
 
     if size not in groups:
-        groups[size] = dist.new_group(list(range(size)))
+        world = dist.get_world_size()  # every rank is in one group more, as torch wants of ranks that make groups by themselves
+        parts = [dist.new_group(part) for part in (list(range(size)), list(range(size, world))) if part]
+        groups[size] = parts[0]
     inside = dist.get_rank() < size
     return Ring.from_group(groups[size], timeout=limit, heads=fold.heads, nodes=fold.nodes) if inside else None
 

@@ -261,14 +261,14 @@ class Ring:
 
 
 def _init_world(timeout: float) -> None:
-    """Join torchrun's ranks."""
+    """Join the ranks that a launcher started: torchrun, or another that sets the same variables and hosts no store."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if use_cuda:
         torch.cuda.set_device(local)
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
-        store=job_store("ringctx"),
+        store=job_store("ringctx") if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None,
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=max(timeout, 30.0)),

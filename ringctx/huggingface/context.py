@@ -78,6 +78,7 @@ class Context:
     """The running state of a wrapped model.
 
     layout: where this call's tokens live; None while the ring is alone and the caller did not say, or during decode.
+    documents: of a packed batch, who shares a document; it narrows what every layer was asked.
     after_layer: called with the layer's number when its attention is done (progress).
     asked: called with each layer's number, queries (b s h d) before rotation, key heads and attention, before it is computed.
     recalled: the cache holds just what is to be seen, so what was asked for long texts (window, branches, selection) gives way.
@@ -93,6 +94,7 @@ class Context:
     kernel: str = "auto"
     parts: int = 1
     layout: Layout | None = None
+    documents: Pattern | None = None
     cache: Cache | None = None
     decoding: bool = False
     after_layer: Callable[[int], None] | None = None
@@ -127,14 +129,16 @@ class Context:
             self.last_layer = None
 
     @contextmanager
-    def running(self, layout: Layout | None = None, cache: Cache | None = None, *, decoding: bool = False) -> Iterator[Context]:
+    def running(
+        self, layout: Layout | None = None, cache: Cache | None = None, *, decoding: bool = False, documents: Pattern | None = None
+    ) -> Iterator[Context]:
         """For the calls inside: tokens live as `layout` says (or are replicated, when decoding), keys go to `cache`."""
         if layout is not None and layout.size != self.ring.size:
             raise LayoutError(f"The layout is for {layout.size} ranks, but the ring has {self.ring.size}.")
         if decoding and cache is None:
             raise ConfigError("Decoding needs the cache that the prefill filled; pass cache=.")
-        before = (self.layout, self.cache, self.decoding)
-        self.layout, self.cache, self.decoding = layout, cache, decoding
+        before = (self.layout, self.documents, self.cache, self.decoding)
+        self.layout, self.documents, self.cache, self.decoding = layout, documents, cache, decoding
         try:
             yield self
         except RuntimeError as error:
@@ -142,11 +146,13 @@ class Context:
                 raise sentence from error
             raise
         finally:
-            self.layout, self.cache, self.decoding = before
+            self.layout, self.documents, self.cache, self.decoding = before
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         """One layer's attention: q (b s h d), k and v (b s g d), none of them rotated  ->  (b s h d)."""
         began = time.perf_counter()
+        if self.documents is not None:
+            attention = replace(attention, pattern=attention.pattern & self.documents)
         if self.asked:
             self.asked(layer, q, k.shape[2], attention)
         is_wanted = layer != self.last_layer

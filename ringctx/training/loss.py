@@ -7,8 +7,10 @@ Letters: b sequences, s tokens on this rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -19,11 +21,40 @@ from ringctx.kernels.base import accumulation_dtype
 from ringctx.training.batch import IGNORED, Batch
 
 
+def token_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of -log p over these labels, already shifted; logits (b s vocabulary), labels (b s). 0 where none counts."""
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
 def token_loss(logits: Tensor, batch: Batch) -> Tensor:
     """This rank's part of the mean of -log p over all labels of the batch; logits (b s vocabulary)."""
-    logits = logits.to(accumulation_dtype(logits.dtype))
-    total = cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / max(batch.count, 1)
+    return token_sum(logits, batch.labels) / max(batch.count, 1)
+
+
+def mean_over(group: dist.ProcessGroup | None, total: Tensor, count: Tensor) -> Tensor:
+    """The mean over all ranks' labels: the sum of their totals over the sum of their counts; the same number on every rank.
+
+    Its gradient is this rank's share times the number of ranks: what an engine must be given that averages over all of them.
+    All ranks of the group (None: this one alone) must call it together.
+    """
+    found: Tensor = _Mean.apply(total, count, group)
+    return found
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, count: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        both = torch.stack((total.detach().double(), count.double()))
+        if group is not None:
+            dist.all_reduce(both, group=group)
+        labels = both[1].clamp(min=1)
+        ctx.weight = (1 if group is None else dist.get_world_size(group)) / labels
+        return (both[0] / labels).to(total.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        return (slope * ctx.weight).to(slope.dtype), None, None
 
 
 def memory_loss(memories: Mapping[int, Tensor], layout: Layout, ring: Ring) -> Tensor:
