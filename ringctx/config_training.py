@@ -65,6 +65,10 @@ class TrainingConfig:
     """At its highest: it rises over `warmup` steps and falls along a cosine to a tenth."""
     warmup: int = 100
     """Steps over which the learning rate rises."""
+    tile: int = 0
+    """The most tokens of a rank whose MLP and logits exist at a time; 0 for all."""
+    recompute: bool = False
+    """Compute layers again in backward, all but attention, instead of keeping what they computed."""
     weight_decay: float = 0.1
     """Of AdamW, on matrices alone."""
     clip: float = 1.0
@@ -87,7 +91,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name, least in (
             ("context", 2), ("batch", 1), ("steps", 1), ("warmup", 0), ("save_every", 1), ("evaluate_every", 1), ("held_out", 1),
-            ("learning_rate", 0.0), ("weight_decay", 0.0), ("clip", 0.0), ("memory_loss", 0.0), ("memory_from", 0),
+            ("learning_rate", 0.0), ("weight_decay", 0.0), ("clip", 0.0), ("memory_loss", 0.0), ("memory_from", 0), ("tile", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least {least}.")

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ringctx.config import Config, parse
 from ringctx.core.attention import Attention
-from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
-from ringctx.huggingface import wrap
 from ringctx.methods.selective import Selective
-from ringctx.training.batch import Batch, shifted
+from ringctx.training.job import Job
+from ringctx.training.labels import shifted
+from ringctx.training.share import shared
 from ringctx.training.step import Trainer
 from tests.tiny import tiny
 
@@ -47,16 +47,16 @@ def trainer_on(ring: Ring, carries: bool, **training: Any) -> Trainer:
     model = tiny().double()
     asked = Attention(carry=Selective()) if carries else None
     settings = parse("training: {memory_loss: 0.3, clip: 0.5}" if carries else "training: {clip: 0.5}").training
-    return Trainer.of(model, wrap(model, ring, asked), replace(settings, **training))
+    return Trainer.of(Job.on(ring, model, asked), replace(settings, **training))
 
 
-def batch_of(ring: Ring, kind: str, length: int) -> Batch:
+def batch_of(ring: Ring, kind: str, length: int) -> dict[str, Any]:
     """Two sequences; the labels of some tokens do not count."""
     tokens = torch.randint(3, 97, (2, length + 1), generator=torch.Generator().manual_seed(length))
     ids, labels = shifted(tokens)
     labels = labels.clone()
     labels[0, : length // 3] = -100
-    return Batch.of(ids, labels, getattr(Layout, kind)(length, ring.size), ring.rank)
+    return shared({"input_ids": ids, "shift_labels": labels}, kind, ring.rank, ring.size, torch.device("cpu"))
 
 
 def steps_of(ring: Ring, kind: str, length: int, carries: bool) -> tuple[list[tuple[float, ...]], list[Tensor]]:
@@ -67,7 +67,7 @@ def steps_of(ring: Ring, kind: str, length: int, carries: bool) -> tuple[list[tu
 
 
 def gradients_of(ring: Ring, kind: str, length: int, carries: bool) -> list[Tensor]:
-    """This rank's gradients of one batch, not summed."""
+    """This rank's gradients of one batch, not averaged."""
     trainer = trainer_on(ring, carries)
     loss, memory = trainer.losses(batch_of(ring, kind, length))
     (loss + 0.3 * memory).backward()
@@ -76,8 +76,7 @@ def gradients_of(ring: Ring, kind: str, length: int, carries: bool) -> list[Tens
 
 def model_and_trainer(path: Path, *overrides: str) -> tuple[Config, Trainer]:
     """The trained model of a checkpoint, wrapped anew."""
-    from ringctx.training.model import model_of
+    from ringctx.training.model import job_of
 
     asked = config(path.parent, f"model.path={path}", "training.scratch.layers=0", "training.data=text", *overrides)
-    model, context = model_of(asked, Ring.alone(), None)
-    return asked, Trainer.of(model, context, asked.training)
+    return asked, Trainer.of(job_of(asked, Ring.alone(), None), asked.training)

@@ -6,7 +6,7 @@ each batch, and the model's own `loss` is the mean over all labels of all ranks,
 
 from __future__ import annotations
 
-from ringctx.embed.job import Job, join
-from ringctx.embed.share import Share
+from ringctx.training.job import Job, join
+from ringctx.training.share import Share
 
 __all__ = ["Job", "Share", "join"]

@@ -10,6 +10,6 @@ Gradient accumulation and clipping stay as they are. Knows nothing that `ringctx
 
 from __future__ import annotations
 
-from ringctx.embed.job import Job, join
+from ringctx.training.job import Job, join
 
 __all__ = ["Job", "join"]

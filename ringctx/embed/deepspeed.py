@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ringctx.core.attention import Attention
-from ringctx.embed import job as jobs
-from ringctx.embed.job import Job
 from ringctx.errors import ConfigError
+from ringctx.training import job as jobs
+from ringctx.training.job import Job
 
 __all__ = ["DeepSpeedJob", "Mpu", "join"]
 

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from ringctx.errors import ConfigError
 
@@ -90,15 +91,21 @@ def smollm2(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save(model: Any, folder: Path) -> None:
-    """What save_pretrained writes; that writes nothing on ranks other than 0, and any rank may be the one that makes it."""
-    from safetensors.torch import save_model
+def save(model: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """What save_pretrained writes; that writes nothing on ranks other than 0, and any rank may be the one that makes it.
+
+    weights: of all parameters by name, those that are tied once; the model's own by default.
+    """
+    from safetensors.torch import save_file, save_model
 
     folder.mkdir()
     model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    if weights is None:
+        save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    else:
+        save_file({name: x.contiguous() for name, x in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _smollm_splits() -> Any:

@@ -1,6 +1,6 @@
-"""Training over the ring: shift-then-shard batches, a loss over all tokens, one step that is the same on any number of ranks.
+"""Training over rings: shift-then-shard batches, the mean loss over all labels, steps that are the same on any number of ranks.
 
-The gradient convention, once: every rank's loss is its own tokens' share of the mean over all labels of the batch (the sum of its
-token losses over the count of everybody's labels), so the sum over ranks is the loss, and the *sum* of the ranks' gradients is
-its gradient. Nothing is averaged and nothing is scaled by the size of the ring.
+The gradient convention, once: `model(**job.share(batch)).loss` is the mean of -log p over the labels of all ranks, the same number
+on each; its gradient on a rank is that rank's share times the number of ranks, so the *average* of the ranks' gradients is the
+gradient. That is what DDP, FSDP2 and DeepSpeed do with gradients anyway.
 """

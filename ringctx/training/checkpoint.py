@@ -2,6 +2,7 @@
 
     step-<n>/   a model and its tokenizer in Hugging Face's form, which `model.path` takes; optimizer.pt; progress.json
 
+What is written is whole and by name, so any number of ranks goes on from it, with any engine.
 Knows files. Rank 0 writes; all ranks see the same folder and read the same.
 """
 
@@ -18,7 +19,7 @@ import torch
 
 from ringctx.errors import ConfigError
 from ringctx.huggingface.weights import save as save_model
-from ringctx.training.step import Trainer
+from ringctx.training.step import MOMENTS, State
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -29,14 +30,14 @@ def newest(out: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def save(out: Path, trainer: Trainer, tokenizer: Any, progress: dict[str, Any]) -> Path:
+def save(out: Path, model: Any, state: State, tokenizer: Any, progress: dict[str, Any]) -> Path:
     """Write the folder of progress["steps"] under another name, give it its own, then remove the older ones."""
     path = out / f"step-{progress['steps']}"
     draft = out / f".{path.name}"
     shutil.rmtree(draft, ignore_errors=True)
-    save_model(trainer.model, draft)
+    save_model(model, draft, state.weights)
     tokenizer.save_pretrained(draft)
-    torch.save(trainer.optimizer.state_dict(), draft / "optimizer.pt")
+    torch.save({name: {key: of[key] for key in MOMENTS} for name, of in state.moments.items()}, draft / "optimizer.pt")
     (draft / "progress.json").write_text(json.dumps(progress))
     for file in draft.iterdir():
         _sync(file)
@@ -49,9 +50,9 @@ def save(out: Path, trainer: Trainer, tokenizer: Any, progress: dict[str, Any]) 
     return path
 
 
-def resume(path: Path, trainer: Trainer, made_from: dict[str, Any]) -> dict[str, Any]:
-    """Load weights and optimizer, return the progress. Raises ConfigError where the run was another one."""
-    from safetensors.torch import load_model
+def resume(path: Path, made_from: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+    """The state and the progress. Raises ConfigError where the run was another one."""
+    from safetensors.torch import load_file
 
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
     differences = [name for name in made_from if progress["made_from"].get(name) != made_from[name]]
@@ -59,9 +60,7 @@ def resume(path: Path, trainer: Trainer, made_from: dict[str, Any]) -> dict[str,
         raise ConfigError(
             f"{str(path.parent)!r} holds a run with other {', '.join(differences)}; set training.out to another folder, or remove this one."
         )
-    load_model(trainer.model, str(path / "model.safetensors"))
-    trainer.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
-    return progress
+    return State(load_file(path / "model.safetensors"), torch.load(path / "optimizer.pt", weights_only=True)), progress
 
 
 def _sync(path: Path) -> None:

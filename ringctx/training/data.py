@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringctx.config_training import TrainingConfig
 from ringctx.training import text, variables
-from ringctx.training.batch import shifted
+from ringctx.training.labels import shifted
 
 Pairs = tuple[Tensor, Tensor]
 """ids and labels (b S), labels shifted."""

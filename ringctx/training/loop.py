@@ -24,16 +24,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ringctx.config import Config
 from ringctx.config_training import TrainingConfig
 from ringctx.core.header import share
-from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.device import peak_memory
 from ringctx.training import checkpoint
-from ringctx.training.batch import Batch
 from ringctx.training.data import Data, Pairs, data_of
+from ringctx.training.job import Job
 from ringctx.training.measure import Measured, held_out
-from ringctx.training.model import check, model_of
+from ringctx.training.model import check, job_of
 from ringctx.training.picture import draw
-from ringctx.training.step import Taken, Trainer
+from ringctx.training.step import MakeTrainer, Taken, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -49,54 +48,55 @@ class Progressed:
     seconds: float = 0.0
 
 
-def train(config: Config, ring: Ring) -> dict[str, Any]:
-    """Train as the configuration says; returns what `--json` prints. All ranks call it together."""
+def train(config: Config, ring: Ring, make: MakeTrainer = Trainer.of) -> dict[str, Any]:
+    """Train as the configuration says; returns what `--json` prints. All ranks call it together. make: who takes the steps."""
     check(config)
     asked, out = config.training, Path(config.training.out)
     out.mkdir(parents=True, exist_ok=True)
-    data, trainer = _made(config, ring, out)
+    data, trainer = _made(config, ring, out, make)
     path, made_from = checkpoint.newest(out), _made_from(config)
     progress = Progressed()
     if path is not None:
-        found = checkpoint.resume(path, trainer, made_from)
+        state, found = checkpoint.resume(path, made_from)
+        trainer.load(state)
         progress = Progressed(**{key.name: found[key.name] for key in dataclasses.fields(Progressed)})
         logger.info("Going on after step %d of %d, from %s.", len(progress.loss), asked.steps, path)
     log = Log(out, ring.rank, len(progress.loss))
     with _bar(ring, len(progress.loss), asked.steps) as bar:
         for step in range(len(progress.loss), asked.steps):
             began = time.perf_counter()
-            taken = trainer.step(_batch(config, trainer, data.batch(step)), step)
+            taken = trainer.step(_batch(trainer.job, data.batch(step)), step)
             progress.seconds += time.perf_counter() - began
             _note(progress, taken)
             log.step(step + 1, taken, trainer.rate(step))
             bar(taken.loss)
             if (step + 1) % asked.evaluate_every == 0 or step + 1 == asked.steps:
-                found_now = [held_out(config, trainer, pairs) for pairs in data.held_out().values()]
+                found_now = [held_out(trainer.job, pairs) for pairs in data.held_out().values()]
                 progress.held_out.append({"steps": step + 1, "rows": [dataclasses.asdict(one) for one in found_now]})
                 log.measured(step + 1, found_now)
             if (step + 1) % asked.save_every == 0 or step + 1 == asked.steps:
-                _save(ring, out, trainer, data, {"steps": step + 1, "made_from": made_from} | dataclasses.asdict(progress))
+                _save(out, trainer, data, {"steps": step + 1, "made_from": made_from} | dataclasses.asdict(progress))
     return _result(trainer, out, progress, asked)
 
 
-def _made(config: Config, ring: Ring, out: Path) -> tuple[Data, Trainer]:
+def _made(config: Config, ring: Ring, out: Path, make: MakeTrainer) -> tuple[Data, Trainer]:
     """Data and model; each needs the other's tokens where it has none of its own."""
     if config.training.scratch.layers:
         data = data_of(config.training, out, None)
-        model, context = model_of(config, ring, len(data.tokenizer))
+        job = job_of(config, ring, len(data.tokenizer))
     else:
         from transformers import AutoTokenizer
 
-        model, context = model_of(config, ring, None)
-        data = data_of(config.training, out, AutoTokenizer.from_pretrained(model.config._name_or_path, local_files_only=True))
-    count = sum(p.numel() for p in model.parameters())
+        job = job_of(config, ring, None)
+        data = data_of(config.training, out, AutoTokenizer.from_pretrained(job.model.config._name_or_path, local_files_only=True))
+    count = sum(p.numel() for p in job.model.parameters())
     logger.info("%.2f M parameters, %d tokens a step on %d ranks.", count / 1e6, config.training.batch * config.training.context, ring.size)
-    return data, Trainer.of(model, context, config.training)
+    return data, make(job, config.training)
 
 
-def _batch(config: Config, trainer: Trainer, pairs: Pairs) -> Batch:
-    layout = getattr(Layout, config.layout.kind)(pairs[0].shape[1], trainer.ring.size)
-    return Batch.of(*pairs, layout, trainer.ring.rank, trainer.device)
+def _batch(job: Job, pairs: Pairs) -> dict[str, Any]:
+    ids, labels = pairs
+    return job.share({"input_ids": ids, "shift_labels": labels})
 
 
 def _made_from(config: Config) -> dict[str, Any]:
@@ -115,14 +115,15 @@ def _note(progress: Progressed, taken: Taken) -> None:
     progress.grad_norm.append(taken.grad_norm)
 
 
-def _save(ring: Ring, out: Path, trainer: Trainer, data: Data, progress: dict[str, Any]) -> None:
+def _save(out: Path, trainer: Trainer, data: Data, progress: dict[str, Any]) -> None:
+    ring, state = trainer.job.ring, trainer.state()
     if ring.rank == 0:
-        checkpoint.save(out, trainer, data.tokenizer, progress)
+        checkpoint.save(out, trainer.model, state, data.tokenizer, progress)
     share(ring, torch.zeros(1), "checkpoint")  # nobody goes on before it is on the disk
 
 
 def _result(trainer: Trainer, out: Path, progress: Progressed, asked: TrainingConfig) -> dict[str, Any]:
-    peaks = share(trainer.ring, torch.tensor([peak_memory(trainer.device)]), "memory")
+    peaks = share(trainer.job.ring, torch.tensor([peak_memory(trainer.job.device)]), "memory")
     tokens = len(progress.loss) * asked.batch * asked.context
     result = {
         "steps": len(progress.loss),
@@ -134,7 +135,7 @@ def _result(trainer: Trainer, out: Path, progress: Progressed, asked: TrainingCo
         "memory": [int(x) for x in torch.cat(peaks)],
         "checkpoint": str(out / f"step-{len(progress.loss)}"),
     }
-    if trainer.ring.rank == 0:
+    if trainer.job.ring.rank == 0:
         (out / "result.json").write_text(json.dumps(result))
         draw(progress.loss, progress.held_out, out / "loss.png")
     return result
@@ -143,7 +144,8 @@ def _result(trainer: Trainer, out: Path, progress: Progressed, asked: TrainingCo
 def summary(result: dict[str, Any]) -> str:
     """What a person is told at the end."""
     last = result["held_out"][-1]["rows"] if result["held_out"] else []
-    said = [f"held out, {one['length']} tokens: loss {one['loss']:.4f}, exact {one['exact']:.1%}" for one in last]
+    exact = lambda one: "" if one["exact"] is None else f", exact {one['exact']:.1%}"
+    said = [f"held out, {one['length']} tokens: loss {one['loss']:.4f}{exact(one)}" for one in last]
     speed = f"{result['steps']} steps, {result['tokens_per_second']:,.0f} tokens/s, loss {result['loss'][-1]:.4f}"
     return "\n".join([speed, *said, f"The model is in {result['checkpoint']}; `model.path` takes it."])
 

@@ -1,16 +1,15 @@
-"""Losses over the ring: the mean over all labels, and what keys that are not forgotten cost.
+"""Losses over all ranks: the mean over all labels, and what keys that are not forgotten cost.
 
-Knows the ring. Knows nothing of data. The convention of gradients is in the package's head.
+Knows how to ask all ranks. Knows nothing of data. The convention of gradients is in the package's head.
 Letters: b sequences, s tokens on this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -18,7 +17,10 @@ from ringctx.core.header import share
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.kernels.base import accumulation_dtype
-from ringctx.training.batch import IGNORED, Batch
+from ringctx.training.labels import IGNORED
+
+Gather = Callable[[Tensor], list[Tensor]]
+"""The tensors (n) of all ranks, in their order."""
 
 
 def token_sum(logits: Tensor, labels: Tensor) -> Tensor:
@@ -27,38 +29,30 @@ def token_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def token_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """This rank's part of the mean of -log p over all labels of the batch; logits (b s vocabulary)."""
-    return token_sum(logits, batch.labels) / max(batch.count, 1)
-
-
-def mean_over(group: dist.ProcessGroup | None, total: Tensor, count: Tensor) -> Tensor:
+def mean_of(total: Tensor, count: Tensor, gather: Gather) -> Tensor:
     """The mean over all ranks' labels: the sum of their totals over the sum of their counts; the same number on every rank.
 
-    Its gradient is this rank's share times the number of ranks: what an engine must be given that averages over all of them.
-    All ranks of the group (None: this one alone) must call it together.
+    Its gradient is this rank's share times the number of ranks. All ranks must call it together.
     """
-    found: Tensor = _Mean.apply(total, count, group)
+    found: Tensor = _Mean.apply(total, count, gather)
     return found
 
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, total: Tensor, count: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        both = torch.stack((total.detach().double(), count.double()))
-        if group is not None:
-            dist.all_reduce(both, group=group)
-        labels = both[1].clamp(min=1)
-        ctx.weight = (1 if group is None else dist.get_world_size(group)) / labels
-        return (both[0] / labels).to(total.dtype)
+    def forward(ctx: Any, total: Tensor, count: Tensor, gather: Gather) -> Tensor:
+        everyone = gather(torch.stack((total.detach().double(), count.double())))
+        total_of_all, labels = torch.stack(everyone).sum(0)
+        ctx.weight = len(everyone) / labels.clamp(min=1)
+        return (total_of_all / labels.clamp(min=1)).to(total.dtype)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         return (slope * ctx.weight).to(slope.dtype), None, None
 
 
-def memory_loss(memories: Mapping[int, Tensor], layout: Layout, ring: Ring) -> Tensor:
-    """This rank's part of sum over layers and sequences of max_i M_i, over layers and tokens: what eps multiplies.
+def memory_loss(memories: Mapping[int, Tensor], layout: Layout, ring: Ring, gather: Gather) -> Tensor:
+    """The sum over layers and sequences of max_i M_i, over layers and tokens, with `mean_of`'s gradient: what eps multiplies.
 
     memories: of each layer with a carry (b s), how many earlier keys each query has not forgotten. The largest row of a sequence
     may lie on any rank; its owner alone, the one of the lower index among equals, has the loss and its gradient.
@@ -78,8 +72,5 @@ def memory_loss(memories: Mapping[int, Tensor], layout: Layout, ring: Ring) -> T
     everyone = share(ring, torch.stack((best, where)).double(), "memory") if ring.size > 1 else [torch.stack((best, where)).double()]
     values, owners = torch.stack([x[0] for x in everyone]), torch.stack([x[1] for x in everyone])  # (ranks layers b)
     first = owners.masked_fill(values < values.max(0).values, torch.inf).argmin(0)
-    scale = layers * b * layout.length
-    if not len(indices):
-        return stacked.sum() / scale
-    mine = stacked.gather(-1, place[..., None])[..., 0]
-    return (mine * (first == ring.rank)).sum() / scale
+    mine = stacked.gather(-1, place[..., None])[..., 0] * (first == ring.rank) if len(indices) else stacked
+    return mean_of(mine.sum(), mine.new_tensor(layers * b * len(indices)), gather)

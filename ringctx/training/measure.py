@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from ringctx.config import Config
-from ringctx.core.header import share
-from ringctx.core.layout import Layout
-from ringctx.training.batch import IGNORED, Batch
 from ringctx.training.data import Pairs
-from ringctx.training.step import Trainer
+from ringctx.training.job import Job
+from ringctx.training.labels import IGNORED
 
 BATCH_TOKENS = 16_384
 """Tokens that are measured at once, on all ranks together."""
@@ -20,7 +16,8 @@ BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Measured:
-    """length: tokens of a sequence. loss: the mean of -log p over all labels. exact: the share of labels that are the likeliest token."""
+    """length: tokens of a sequence. loss: the mean of -log p over all labels. exact: the share of labels that are the likeliest token,
+    None where logits exist a tile at a time."""
 
     length: int
     loss: float
@@ -28,20 +25,16 @@ class Measured:
 
 
 @torch.no_grad()
-def held_out(config: Config, trainer: Trainer, pairs: Pairs) -> Measured:
+def held_out(job: Job, pairs: Pairs) -> Measured:
     """Measure these sequences, ids and labels (b S). All ranks call it together and return the same."""
-    trainer.model.eval()
-    ring, length = trainer.ring, pairs[0].shape[1]
-    layout = getattr(Layout, config.layout.kind)(length, ring.size)
-    step = max(1, BATCH_TOKENS // length)
-    total = torch.zeros(3, dtype=torch.float64, device=trainer.device)
-    for a in range(0, len(pairs[0]), step):
-        batch = Batch.of(pairs[0][a : a + step], pairs[1][a : a + step], layout, ring.rank, trainer.device)
-        with trainer.context.running(layout):
-            logits = trainer.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits.flatten(0, 1)
-        labels = batch.labels.flatten()
-        lost = cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-        hits = (logits.argmax(-1) == labels).sum()
-        total += torch.stack((lost.double(), hits.double(), (labels != IGNORED).sum().double()))
-    lost, hits, count = torch.stack(share(ring, total, "losses")).sum(0).tolist()
-    return Measured(length, lost / count, hits / count)
+    job.model.eval()
+    (ids, labels), hits, lost, count = pairs, torch.zeros(1, dtype=torch.int64), 0.0, 0
+    step = max(1, BATCH_TOKENS // ids.shape[1])
+    for a in range(0, len(ids), step):
+        batch = job.share({"input_ids": ids[a : a + step], "shift_labels": labels[a : a + step]})
+        found, here = job.model(**batch), int((labels[a : a + step] != IGNORED).sum())
+        lost, count = lost + float(found.loss) * here, count + here
+        if found.logits is not None:
+            hits += (found.logits.argmax(-1) == batch["labels"]).sum().cpu()
+    exact = None if job.tiles is not None else int(torch.cat(job.gather(hits)).sum()) / count
+    return Measured(ids.shape[1], lost / count, exact)

@@ -12,8 +12,9 @@ from ringctx.config_training import ScratchConfig
 from ringctx.core.ring import Ring
 from ringctx.device import device_of, dtype_of
 from ringctx.errors import ConfigError
-from ringctx.huggingface import Context, wrap
 from ringctx.huggingface.weights import checkpoint
+from ringctx.training.job import Job
+from ringctx.training.recompute import recompute
 
 
 def check(config: Config) -> None:
@@ -24,8 +25,8 @@ def check(config: Config) -> None:
         raise ConfigError("training.memory_loss is what keys cost that a carry has not forgotten; set attention.carry.kind to selective.")
 
 
-def model_of(config: Config, ring: Ring, vocabulary: int | None) -> tuple[Any, Context]:
-    """The wrapped model, the same weights on every rank. vocabulary: tokens of the data, None where the model has its own."""
+def job_of(config: Config, ring: Ring, vocabulary: int | None) -> Job:
+    """The model on the ring, the same weights on every rank. vocabulary: tokens of the data, None where the model has its own."""
     check(config)
     device = device_of(config.model)
     dtype = torch.float32 if config.model.dtype == "auto" else dtype_of(config.model, device)
@@ -37,8 +38,12 @@ def model_of(config: Config, ring: Ring, vocabulary: int | None) -> tuple[Any, C
 
         model = AutoModelForCausalLM.from_pretrained(checkpoint(config.model.path), dtype=dtype, local_files_only=True)
     model = model.to(device=device, dtype=dtype)
-    asked = layers_of(config.attention, model.config)
-    return model, wrap(model, ring, asked, transport=config.ring.transport, kernel=config.ring.kernel)
+    asked, training = layers_of(config.attention, model.config), config.training
+    ways = {"transport": config.ring.transport, "kernel": config.ring.kernel, "layout": config.layout.kind}
+    job = Job.on(ring, model, asked, tile=training.tile or None, **ways)
+    if training.recompute:
+        recompute(model, job.context)
+    return job
 
 
 def _llama(asked: ScratchConfig, vocabulary: int, context: int, seed: int) -> Any:

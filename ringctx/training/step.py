@@ -1,26 +1,27 @@
-"""Step: forward, backward, gradients summed over the ring, clipped, applied: the same on every rank.
+"""Step: forward, backward, gradients averaged over all ranks, clipped, applied: the same on every rank.
 
-Knows the wrapped model and the ring. Knows nothing of data or of when it is called.
+Knows the job. Knows nothing of data or of when it is called.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ringctx.config_training import TrainingConfig
-from ringctx.core.header import share
-from ringctx.core.ring import Ring
-from ringctx.huggingface import Context
-from ringctx.training.batch import Batch
-from ringctx.training.loss import memory_loss, token_loss
+from ringctx.errors import ConfigError
+from ringctx.training.job import Job
+from ringctx.training.loss import memory_loss
 
 LEAST_RATE = 0.1
 """Of the highest learning rate, where the cosine ends."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW remembers of a parameter."""
 
 
 class Taken(NamedTuple):
@@ -31,66 +32,66 @@ class Taken(NamedTuple):
     grad_norm: float
 
 
+class State(NamedTuple):
+    """All that steps change, whole, by the parameters' names: weights, and AdamW's moments of each."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+
+
 @dataclass
 class Trainer:
-    """A wrapped model and its optimizer. All ranks hold the same weights and call each method together."""
+    """A job's model and its optimizer. All ranks hold the same weights and call each method together."""
 
-    model: Any
-    context: Context
+    job: Job
     config: TrainingConfig
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, model: Any, context: Context, config: TrainingConfig) -> Trainer:
+    def of(cls, job: Job, config: TrainingConfig) -> Self:
         """With AdamW, which decays matrices alone."""
-        kinds = [[p for p in model.parameters() if p.requires_grad and (p.dim() > 1) is wide] for wide in (True, False)]
-        groups = [{"params": some, "weight_decay": decay} for some, decay in zip(kinds, (config.weight_decay, 0.0), strict=True)]
-        return cls(model, context, config, torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95)))
+        return cls(job, config, adamw(job.model, config))
 
     @property
-    def ring(self) -> Ring:
-        """The ranks that share each sequence."""
-        return self.context.ring
+    def model(self) -> Any:
+        """The wrapped model."""
+        return self.job.model
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        device: torch.device = self.model.device
-        return device
-
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """This rank's parts of the mean loss and of the memory loss (0 where it never has a weight)."""
-        with self.context.running(batch.layout):
-            logits = self.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
-        loss = token_loss(logits, batch)
+    def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The mean loss and the memory loss (0 where it never has a weight) of a batch that was shared out."""
+        loss = self.model(**batch).loss
         if not self.config.memory_loss:
-            return loss, torch.zeros((), device=self.device)
-        return loss, memory_loss(self.context.memories, batch.layout, self.ring)
+            return loss, torch.zeros_like(loss)
+        return loss, memory_loss(self.job.context.memories, batch["share"].layout, self.job.ring, self.job.gather)
 
-    def step(self, batch: Batch, number: int) -> Taken:
-        """The optimizer's step `number`, counted from 0."""
-        self.model.train()
+    def objective(self, batch: dict[str, Any], number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What is to be made small at this step, and the two losses it is made of."""
         loss, memory = self.losses(batch)
         weight = self.config.memory_loss if number >= self.config.memory_from else 0.0
-        (loss + weight * memory).backward()
-        found = self.reduce(torch.stack((loss.detach().double(), memory.detach().double())))
+        return loss + weight * memory, loss.detach(), memory.detach()
+
+    def step(self, batch: dict[str, Any], number: int) -> Taken:
+        """The optimizer's step `number`, counted from 0."""
+        self.model.train()
+        objective, loss, memory = self.objective(batch, number)
+        objective.backward()
+        self.average()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(number)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Taken(float(found[0]), float(found[1]), float(norm))
+        return Taken(float(loss), float(memory), float(norm))
 
-    def reduce(self, found: Tensor) -> Tensor:
-        """Sum gradients, and these numbers (n,) float64, over the ring, in the order of ranks, so that all get the same bits."""
-        if self.ring.size == 1:
-            return found
+    def average(self) -> None:
+        """Average gradients over all ranks, summed in the order of ranks, so that all get the same bits."""
+        if self.job.size == 1:
+            return
         params = [p for p in self.model.parameters() if p.requires_grad]
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params])
-        total = torch.stack(share(self.ring, flat, "grads")).sum(0)
+        total = torch.stack(self.job.gather(flat, "grads")).sum(0) / self.job.size
         for p, part in zip(params, total.split([p.numel() for p in params]), strict=True):
             p.grad = part.view_as(p)
-        return torch.stack(share(self.ring, found, "losses")).sum(0)
 
     def rate(self, number: int) -> float:
         """The learning rate of a step: a line up, then half a cosine down."""
@@ -99,3 +100,31 @@ class Trainer:
             return highest * (number + 1) / warmup
         done = (number - warmup) / max(self.config.steps - warmup, 1)
         return highest * (LEAST_RATE + (1 - LEAST_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def state(self) -> State:
+        """Weights and moments, whole on rank 0 at least. All ranks call it together."""
+        params = dict(self.model.named_parameters())
+        moments = {name: self.optimizer.state[p] for name, p in params.items() if p in self.optimizer.state}
+        return State({name: p.detach() for name, p in params.items()}, moments)
+
+    def load(self, state: State) -> None:
+        """Go on from a state, from whatever number of ranks it comes."""
+        for name, p in self.model.named_parameters():
+            with torch.no_grad():
+                p.copy_(state.weights[name])
+            if name in state.moments:
+                moments = state.moments[name]
+                self.optimizer.state[p] = {key: moments[key] if key == "step" else moments[key].to(p.device) for key in MOMENTS}
+
+
+MakeTrainer = Callable[[Job, TrainingConfig], Trainer]
+"""How a job's steps are made, by ringctx itself or by an engine."""
+
+
+def adamw(model: Any, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, which decays matrices alone. Raises ConfigError where nothing is to be trained."""
+    kinds = [[p for p in model.parameters() if p.requires_grad and (p.dim() > 1) is wide] for wide in (True, False)]
+    groups = [{"params": some, "weight_decay": decay} for some, decay in zip(kinds, (config.weight_decay, 0.0), strict=True) if some]
+    if not groups:
+        raise ConfigError("No parameter of the model requires a gradient, so there is nothing to train.")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))

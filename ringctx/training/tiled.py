@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ringctx.errors import ConfigError, Unsupported
-from ringctx.training.loss import token_sum
+from ringctx.training.loss import Gather, token_sum
 
 
 @dataclass
@@ -32,13 +31,9 @@ class Tiles:
         if self.size < 1:
             raise ConfigError(f"tile is {self.size}; it is the most tokens whose MLP and logits exist at a time, 1 or more.")
 
-    def agree(self, num_tokens: int, group: dist.ProcessGroup | None) -> None:
-        """Count tiles for a batch of which this rank has so many tokens. All ranks of the group call it together."""
-        count = torch.tensor(-(-num_tokens // self.size))
-        if group is not None:
-            count = count if dist.get_backend(group) == "gloo" else count.cuda()
-            dist.all_reduce(count, dist.ReduceOp.MAX, group)
-        self.count = int(count)
+    def agree(self, num_tokens: int, gather: Gather) -> None:
+        """Count tiles for a batch of which this rank has so many tokens. All ranks call it together."""
+        self.count = max(int(count) for count in gather(torch.tensor([-(-num_tokens // self.size)])))
 
     def each(self, of_tile: Callable[..., Tensor], *whole: Tensor) -> list[Tensor]:
         """of_tile of each tile of these tensors (b s ...), in order."""

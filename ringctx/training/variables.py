@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ringctx.config_training import VariablesConfig
-from ringctx.training.batch import IGNORED
+from ringctx.training.labels import IGNORED
 
 
 def vocabulary(task: VariablesConfig) -> list[str]:

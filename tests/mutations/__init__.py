@@ -12,6 +12,7 @@ from tests.mutations.kinds import Mutation
 from tests.mutations.masks import WHO_SEES_WHOM
 from tests.mutations.scores import HEADS_AND_SCORES
 from tests.mutations.sums import SUMS
+from tests.mutations.training import TRAINED
 from tests.mutations.travel import TRAVEL
 
-MUTATIONS: tuple[Mutation, ...] = (*TRAVEL, *SUMS, *WHO_SEES_WHOM, *HEADS_AND_SCORES, *BRANCHES, *CALLS_AND_CACHES, *CARRIES)
+MUTATIONS: tuple[Mutation, ...] = (*TRAVEL, *SUMS, *WHO_SEES_WHOM, *HEADS_AND_SCORES, *BRANCHES, *CALLS_AND_CACHES, *CARRIES, *TRAINED)

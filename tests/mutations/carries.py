@@ -1,4 +1,4 @@
-"""Selective Attention that marks the wrong keys, forgets what keys carried or corrects nothing; and training's silent errors."""
+"""Selective Attention that marks the wrong keys, forgets what keys carried or corrects nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.mutations.kinds import CORE, Mutation, unit
 ORACLE = unit(
     "selective", "test_ranks_compute_what_the_oracle_does[2-zigzag-fp64]", "test_ranks_compute_what_the_oracle_does[3-contiguous-fp64]"
 )
-STEPS = unit("training", "test_gradients_of_virtual_ranks_add_up_and_their_steps_are_those_of_one[zigzag-37]")
+STEPS = unit("training", "test_gradients_of_virtual_ranks_average_to_those_of_one_and_their_steps_are_those_of_one[zigzag-37]")
 PRUNED = ("tests/ranks/test_pruning.py::test_outputs_and_kept_keys_are_those_of_the_definition[budget-3-zigzag]",)
 
 CARRIES = (
@@ -92,34 +92,10 @@ CARRIES = (
         PRUNED,
     ),
     Mutation(
-        "labels_after_shards",
-        "ringctx/training/batch.py",
-        "(ids[:, own], labels[:, own], own)",
-        "(ids[:, own], ids[:, own].roll(-1, 1), own)",
-        "labels are shifted within a shard",
-        STEPS,
-    ),
-    Mutation(
-        "loss_by_rank",
-        "ringctx/training/loss.py",
-        "total / max(batch.count, 1)",
-        "total / max(int((batch.labels != IGNORED).sum()), 1)",
-        "each rank takes the mean over its own labels",
-        STEPS,
-    ),
-    Mutation(
-        "gradients_averaged",
-        "ringctx/training/step.py",
-        'total = torch.stack(share(self.ring, flat, "grads")).sum(0)',
-        'total = torch.stack(share(self.ring, flat, "grads")).mean(0)',
-        "gradients are divided by the size of the ring",
-        STEPS,
-    ),
-    Mutation(
         "memory_loss_of_every_rank",
         "ringctx/training/loss.py",
-        "(mine * (first == ring.rank)).sum()",
-        "mine.sum()",
+        "* (first == ring.rank) if len(indices) else stacked",
+        "if len(indices) else stacked",
         "every rank has a largest row of its own",
         STEPS,
     ),

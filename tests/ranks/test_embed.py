@@ -141,6 +141,18 @@ def test_layers_are_computed_again_where_their_own_batch_lives(pool: Pool) -> No
         assert all(float((a - b).norm()) <= 5e-6 * float(b.norm()) for a, b in zip(found, grads, strict=True))
 
 
+def tiles(ring: Ring) -> int:
+    """How many tiles this rank computes of a batch that gives its ranks different numbers of tokens."""
+    job = job_on(ring, ring.size, tile=4, layout="contiguous")
+    job.model(**job.share({"input_ids": torch.ones(1, 9, dtype=torch.int64), "labels": torch.ones(1, 9, dtype=torch.int64)}))
+    assert job.tiles is not None
+    return job.tiles.count
+
+
+def test_every_rank_computes_as_many_tiles(pool: Pool) -> None:
+    assert pool.run(tiles, size=2) == [2, 2]  # of 5 and 4 tokens
+
+
 def test_the_reference_learns() -> None:
     seen = alone("llama", "plain", "adamw")
     assert seen.losses[-1] != seen.losses[0]

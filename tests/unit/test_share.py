@@ -11,8 +11,8 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from ringctx import Layout
-from ringctx.embed.share import shared
 from ringctx.errors import ConfigError, Unsupported
+from ringctx.training.share import shared
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 17).view(2, 7)

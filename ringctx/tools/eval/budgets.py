@@ -25,8 +25,8 @@ from ringctx.runtime.evict import Evictor
 from ringctx.tools.eval.asked import Row
 from ringctx.tools.eval.cost import counted
 from ringctx.training import variables
-from ringctx.training.batch import IGNORED
 from ringctx.training.data import Pairs, data_of
+from ringctx.training.labels import IGNORED
 
 SINKS, CHUNK = 4, 16
 PROTOCOL = (

@@ -17,7 +17,7 @@ from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.patterns import documents
-from ringctx.training.batch import IGNORED, Batch
+from ringctx.training.labels import IGNORED
 
 KNOWN = ("input_ids", "labels", "shift_labels", "attention_mask", "position_ids", "seq_idx", "cu_seq_lens_q")
 MEANINGLESS = ("cu_seq_lens_k", "max_length_q", "max_length_k", "num_items_in_batch")
@@ -38,7 +38,8 @@ def shared(batch: Mapping[str, Any], kind: str, rank: int, size: int, device: to
 
     batch: whole sequences as collators make them, on the CPU or anywhere: input_ids (b S), labels, a two-dimensional attention_mask
     (right or left padding), position_ids that begin anew in each packed document, or seq_idx or cu_seq_lens_q, which say the same.
-    labels are shifted here, as transformers does inside the model; shift_labels are taken as they are.
+    labels are shifted here, as transformers does inside the model; shift_labels are taken as they are. A rank that owns no token
+    has one of any kind, without a label.
     Raises ConfigError and Unsupported for anything else in it, since nobody would know how to share it out.
     """
     unknown = [name for name in batch if name not in KNOWN + MEANINGLESS and batch[name] is not None]
@@ -52,18 +53,24 @@ def shared(batch: Mapping[str, Any], kind: str, rank: int, size: int, device: to
         raise ConfigError(f"input_ids must be (sequences, tokens) with a token at least; got {tuple(ids.shape)}.")
     numbers = _documents(batch, ids)
     layout = _layout(kind, ids.shape[1], size, numbers)
-    own = Batch.of(ids, _labels(batch, ids), layout, rank, device)
-    pattern = None if numbers is None else _pattern(numbers)
-    labels = {"labels": own.labels} if "labels" in batch or "shift_labels" in batch else {}
-    return {"input_ids": own.ids, "position_ids": own.positions, **labels, "use_cache": False, "share": Share(layout, pattern)}
+    own, labels = layout.indices(rank), _labels(batch, ids)
+    mine = {"input_ids": ids[:, own], "position_ids": own[None]} | ({} if labels is None else {"labels": labels[:, own]})
+    if not len(own):  # transformers takes no empty input
+        mine = {"input_ids": ids[:, :1], "position_ids": torch.zeros(1, 1, dtype=torch.int64)}
+        mine |= {} if labels is None else {"labels": torch.full_like(ids[:, :1], IGNORED)}
+    found: dict[str, Any] = {name: x.to(device) for name, x in mine.items()}
+    return found | {"use_cache": False, "share": Share(layout, None if numbers is None else _pattern(numbers))}
 
 
-def _labels(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """What follows each token, (b S)."""
+def _labels(batch: Mapping[str, Any], ids: Tensor) -> Tensor | None:
+    """What follows each token, (b S); None where nobody asks for a loss."""
     given: Tensor | None = batch.get("shift_labels")
+    labels: Tensor | None = batch.get("labels")
+    if given is None and labels is None:
+        return None
     if given is None:
-        labels = batch.get("labels")
-        given = torch.full_like(ids, IGNORED) if labels is None else torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        assert labels is not None
+        given = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     if given.shape != ids.shape:
         raise ConfigError(f"labels are {tuple(given.shape)}, but input_ids {tuple(ids.shape)}; give each token one.")
     return given

@@ -23,7 +23,7 @@ from ringctx.core.ring import Message
 from ringctx.errors import RanksDisagree
 
 if TYPE_CHECKING:
-    from ringctx.embed.job import Job
+    from ringctx.training.job import Job
 
 logger = logging.getLogger(__name__)
 _HEADER = struct.Struct("<q32s")
@@ -83,14 +83,8 @@ class Loader:
     def _headers(self, packed: bytes) -> list[Read]:
         """What each of all ranks read."""
         mine = _HEADER.pack(len(packed), hashlib.sha256(packed).digest())
-        if self.job.group is None:
-            found = [mine]
-        else:
-            tensor = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(_device())
-            everyone = [torch.empty_like(tensor) for _ in range(self.job.size)]
-            dist.all_gather(everyone, tensor, group=self.job.group)
-            found = [bytes(x.tolist()) for x in everyone]
-        return [Read(*_HEADER.unpack(one)) for one in found]
+        found = self.job.gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8), "header")
+        return [Read(*_HEADER.unpack(bytes(one.tolist()))) for one in found]
 
     def _from(self, turn: int, mine: list[Read], packed: bytes) -> Mapping[str, Any]:
         """The batch of the ring's rank of this turn; of the last that read one, where that rank read none."""
