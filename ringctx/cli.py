@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,8 +176,9 @@ def serve(typed: Typed, config: Path, ranks: int | None, host: str | None, port:
 @click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@click.option("--deepspeed", type=click.Path(path_type=Path), metavar="FILE", help="DeepSpeed's JSON: its engine takes the steps.")
 @click.pass_obj
-def train(typed: Typed, config: Path, ranks: int | None, as_json: bool, overrides: tuple[str, ...]) -> int:
+def train(typed: Typed, config: Path, ranks: int | None, as_json: bool, overrides: tuple[str, ...], deepspeed: Path | None) -> int:
     """Train over the ring; a run that broke off goes on from its newest checkpoint."""
     loaded = configuration.load(config, overrides)
     try:
@@ -184,13 +186,23 @@ def train(typed: Typed, config: Path, ranks: int | None, as_json: bool, override
     except ModuleNotFoundError as error:
         raise ConfigError(f"`ringctx train` needs {error.name}, which is not installed; pip install 'ringctx[train]'.") from error
     loop.check(loaded)
+    make = loop.Trainer.of if deepspeed is None else _deepspeed(deepspeed)
     if not launch.is_rank() and (ranks or 1) > 1:
         return launch.run(ranks or 1, typed.arguments) if loaded.training.scratch.layers else _launch(ranks or 1, loaded, typed)
     with _ring(loaded, ranks, typed.level) as ring:
-        result = loop.train(loaded, ring)
+        result = loop.train(loaded, ring, make)
         if ring.rank == 0:
             click.echo(json.dumps(result) if as_json else loop.summary(result))
     return 0
+
+
+def _deepspeed(file: Path) -> Any:
+    """How an engine of DeepSpeed is made."""
+    try:
+        from ringctx.embed.deepspeed import DeepSpeedTrainer
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--deepspeed needs {error.name}, which is not installed; pip install 'ringctx[deepspeed]'.") from error
+    return partial(DeepSpeedTrainer.made, file)
 
 
 @ringctx.command("eval")

@@ -13,19 +13,26 @@ stage divides the sum of gradients by the number of ranks, and every stage's gra
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from ringctx.config_training import TrainingConfig
 from ringctx.core.attention import Attention
+from ringctx.embed.zero import resume, state_of
 from ringctx.errors import ConfigError
 from ringctx.training import job as jobs
 from ringctx.training.job import Job
+from ringctx.training.step import State, Taken, Trainer, adamw, fill
 
-__all__ = ["DeepSpeedJob", "Mpu", "join"]
+__all__ = ["DeepSpeedJob", "DeepSpeedTrainer", "Mpu", "join", "resume", "state_of"]
 
 
 class Mpu:
@@ -99,3 +106,83 @@ def join(
     if not dist.is_initialized():
         raise ConfigError("DeepSpeed wants process groups on one rank too; call deepspeed.init_distributed() first, or use torchrun.")
     return DeepSpeedJob(**{field.name: getattr(job, field.name) for field in fields(Job)})
+
+
+@dataclass
+class DeepSpeedTrainer(Trainer):
+    """Steps that a DeepSpeed engine takes, as `ringctx train --deepspeed FILE` asks."""
+
+    engine: Any = None
+
+    @classmethod
+    def made(cls, file: Path, job: Job, config: TrainingConfig, state: State | None = None) -> Self:
+        """By a configuration of DeepSpeed. What it leaves open follows from `training`; going on from a state of any engine.
+
+        Raises ConfigError where the file and `training` cannot both be right.
+        """
+        import deepspeed
+
+        if not dist.is_initialized():  # one rank
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")
+        deepspeed.init_distributed(verbose=False)
+        if state is not None:
+            fill(job.model, state.weights)
+        asked = _filled(file, job, config)
+        engine, optimizer, *_ = deepspeed.initialize(
+            model=job.model, config=asked, optimizer=None if "optimizer" in asked else adamw(job.model, config), mpu=Mpu(job)
+        )
+        if state is not None:
+            resume(engine, state.moments)
+        return cls(job, config, optimizer, engine)
+
+    def step(self, batch: dict[str, Any], number: int) -> Taken:
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(number)
+        losses = []
+        for part in _parts(batch, self.engine.gradient_accumulation_steps()):
+            objective, *found = self.objective(part, number)
+            self.engine.backward(objective)
+            losses.append(found)
+            norm = self._norm() if self.engine.is_gradient_accumulation_boundary() else 0.0
+            self.engine.step()
+        loss, memory = torch.stack([torch.stack(found) for found in losses]).mean(0).tolist()
+        return Taken(loss, memory, float(self.engine.get_global_grad_norm() or norm))
+
+    def _norm(self) -> float:
+        """Of gradients that no optimizer of DeepSpeed's holds: at stage 0 in fp32 it reports none."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+
+    @property
+    def called(self) -> Any:
+        return self.engine
+
+    def state(self) -> State:
+        return state_of(self.engine)
+
+
+def _filled(file: Path, job: Job, config: TrainingConfig) -> dict[str, Any]:
+    """The file's configuration, with what follows from `training`."""
+    try:
+        asked: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"DeepSpeed's configuration {str(file)!r} cannot be read ({error}); give a JSON file such as configs/zero1.json."
+        ) from error
+    parts = asked.get("gradient_accumulation_steps", 1)
+    if config.batch % parts:
+        raise ConfigError(f"training.batch is {config.batch}, and {file.name} accumulates {parts} gradients; these must divide it.")
+    sizes = [name for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "scheduler") if name in asked]
+    if sizes:
+        raise ConfigError(f"{file.name} says {', '.join(sizes)}; leave these out, since they follow from training.batch and learning_rate.")
+    follow = {"train_micro_batch_size_per_gpu": config.batch // parts, "gradient_clipping": config.clip}
+    return follow | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False} | asked
+
+
+def _parts(batch: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """A batch cut into so many of fewer sequences."""
+    rows = len(batch["input_ids"]) // count
+    cut = lambda x, n: x[n * rows : (n + 1) * rows] if isinstance(x, Tensor) and len(x) > 1 else x
+    return [{name: cut(x, n) for name, x in batch.items()} for n in range(count)]

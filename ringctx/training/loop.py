@@ -53,14 +53,14 @@ def train(config: Config, ring: Ring, make: MakeTrainer = Trainer.of) -> dict[st
     check(config)
     asked, out = config.training, Path(config.training.out)
     out.mkdir(parents=True, exist_ok=True)
-    data, trainer = _made(config, ring, out, make)
+    data, job = _made(config, ring, out)
     path, made_from = checkpoint.newest(out), _made_from(config)
-    progress = Progressed()
+    progress, state = Progressed(), None
     if path is not None:
         state, found = checkpoint.resume(path, made_from)
-        trainer.load(state)
         progress = Progressed(**{key.name: found[key.name] for key in dataclasses.fields(Progressed)})
         logger.info("Going on after step %d of %d, from %s.", len(progress.loss), asked.steps, path)
+    trainer = make(job, asked, state)
     log = Log(out, ring.rank, len(progress.loss))
     with _bar(ring, len(progress.loss), asked.steps) as bar:
         for step in range(len(progress.loss), asked.steps):
@@ -79,7 +79,7 @@ def train(config: Config, ring: Ring, make: MakeTrainer = Trainer.of) -> dict[st
     return _result(trainer, out, progress, asked)
 
 
-def _made(config: Config, ring: Ring, out: Path, make: MakeTrainer) -> tuple[Data, Trainer]:
+def _made(config: Config, ring: Ring, out: Path) -> tuple[Data, Job]:
     """Data and model; each needs the other's tokens where it has none of its own."""
     if config.training.scratch.layers:
         data = data_of(config.training, out, None)
@@ -91,7 +91,7 @@ def _made(config: Config, ring: Ring, out: Path, make: MakeTrainer) -> tuple[Dat
         data = data_of(config.training, out, AutoTokenizer.from_pretrained(job.model.config._name_or_path, local_files_only=True))
     count = sum(p.numel() for p in job.model.parameters())
     logger.info("%.2f M parameters, %d tokens a step on %d ranks.", count / 1e6, config.training.batch * config.training.context, ring.size)
-    return data, make(job, config.training)
+    return data, job
 
 
 def _batch(job: Job, pairs: Pairs) -> dict[str, Any]:

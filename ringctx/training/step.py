@@ -48,18 +48,29 @@ class Trainer:
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def of(cls, job: Job, config: TrainingConfig) -> Self:
-        """With AdamW, which decays matrices alone."""
-        return cls(job, config, adamw(job.model, config))
+    def of(cls, job: Job, config: TrainingConfig, state: State | None = None) -> Self:
+        """With AdamW, which decays matrices alone; going on from a state, from whatever number of ranks it comes."""
+        optimizer = adamw(job.model, config)
+        if state is not None:
+            fill(job.model, state.weights)
+            for name, p in job.model.named_parameters():
+                if name in state.moments:
+                    optimizer.state[p] = {key: x.to("cpu" if key == "step" else p.device) for key, x in state.moments[name].items()}
+        return cls(job, config, optimizer)
 
     @property
     def model(self) -> Any:
         """The wrapped model."""
         return self.job.model
 
+    @property
+    def called(self) -> Any:
+        """What is called with a batch: the model, or an engine around it."""
+        return self.job.model
+
     def losses(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The mean loss and the memory loss (0 where it never has a weight) of a batch that was shared out."""
-        loss = self.model(**batch).loss
+        loss = self.called(**batch).loss
         if not self.config.memory_loss:
             return loss, torch.zeros_like(loss)
         return loss, memory_loss(self.job.context.memories, batch["share"].layout, self.job.ring, self.job.gather)
@@ -107,18 +118,16 @@ class Trainer:
         moments = {name: self.optimizer.state[p] for name, p in params.items() if p in self.optimizer.state}
         return State({name: p.detach() for name, p in params.items()}, moments)
 
-    def load(self, state: State) -> None:
-        """Go on from a state, from whatever number of ranks it comes."""
-        for name, p in self.model.named_parameters():
-            with torch.no_grad():
-                p.copy_(state.weights[name])
-            if name in state.moments:
-                moments = state.moments[name]
-                self.optimizer.state[p] = {key: moments[key] if key == "step" else moments[key].to(p.device) for key in MOMENTS}
+
+MakeTrainer = Callable[[Job, TrainingConfig, State | None], Trainer]
+"""How a job's steps are made, by ringctx itself or by an engine, from a state or anew."""
 
 
-MakeTrainer = Callable[[Job, TrainingConfig], Trainer]
-"""How a job's steps are made, by ringctx itself or by an engine."""
+@torch.no_grad()
+def fill(model: Any, weights: dict[str, Tensor]) -> None:
+    """Give a model, before an engine has it, these weights."""
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
 
 
 def adamw(model: Any, config: TrainingConfig) -> torch.optim.Optimizer:

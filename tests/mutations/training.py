@@ -91,7 +91,7 @@ TRAINED = (
         "if not bool((numbers == first).all()):",
         "if False:",
         "all sequences are cut where the first is",
-        PACKED,
+        (f"{RANKS}{SAME}[3-3-packed-contiguous-plain]",),
     ),
     Mutation(
         "documents_by_zero",
