@@ -74,9 +74,9 @@ def gradients_of(ring: Ring, kind: str, length: int, carries: bool) -> list[Tens
     return [p.grad for p in trainer.model.parameters()]
 
 
-def model_and_trainer(path: Path, *overrides: str) -> tuple[Config, Trainer]:
+def trainer_from(path: Path, *overrides: str) -> Trainer:
     """The trained model of a checkpoint, wrapped anew."""
     from ringctx.training.model import job_of
 
     asked = config(path.parent, f"model.path={path}", "training.scratch.layers=0", "training.data=text", *overrides)
-    return asked, Trainer.of(job_of(asked, Ring.alone(), None), asked.training)
+    return Trainer.of(job_of(asked, Ring.alone(), None), asked.training)

@@ -18,7 +18,7 @@ from ringctx.runtime.engine import Engine
 from ringctx.tools.eval import Asked, budgets, measure
 from ringctx.training import loop
 from ringctx.training.measure import held_out
-from tests.training import TINY, config, model_and_trainer
+from tests.training import TINY, config, trainer_from
 
 LENGTH = 33
 
@@ -46,8 +46,8 @@ def plain(path: Path, *overrides: str) -> Engine:
 
 def dense(path: Path, *overrides: str) -> tuple[float, float]:
     """The same predictions from one pass over whole sequences."""
-    asked, trainer = model_and_trainer(path, *overrides)
-    found = held_out(asked, trainer, budgets.pairs_of(engine(path), LENGTH))
+    trainer = trainer_from(path, *overrides)
+    found = held_out(trainer.job, budgets.pairs_of(engine(path), LENGTH))
     return found.loss, found.exact
 
 

@@ -135,22 +135,29 @@ def _draw_needles(result: Result, path: Path) -> None:
 
 
 def _draw_budgets(result: Result, path: Path) -> None:
-    """Keys across, loss up, a line a policy and length; what keeps all is a level line."""
+    """Keys across, loss or (where that is known) exact answers up; a panel a length, a line a policy, level where all is kept.
+
+    Grey: the share of answers that lie within the latest so many tokens.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    lines: dict[tuple[int, str], list[tuple[float, float]]] = {}
-    for row in result.json()["rows"]:
-        lines.setdefault((row["length"], row["policy"]), []).append((row["keys"], row["loss"]))
-    for (length, policy), points in lines.items():
-        label = f"{policy}, {length} tokens" if len({n for n, _ in lines}) > 1 else policy
-        if policy == "whole":
-            axes.axhline(points[0][1], linestyle=":", label=label)
-        else:
-            axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-    axes.set(xlabel="keys that a query sees", ylabel="-log p of a token", xscale="log")
-    axes.legend()
+    rows = result.json()["rows"]
+    lengths, policies = sorted({row["length"] for row in rows}), list(dict.fromkeys(row["policy"] for row in rows))
+    what, says = ("exact", "exact answers") if rows[0]["in_reach"] is not None else ("loss", "-log p of a token")
+    figure = Figure(figsize=(1.5 + 3.5 * len(lengths), 4), layout="constrained")
+    for axes, length in zip(figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0], lengths, strict=True):
+        for number, policy in enumerate(policies):
+            points = sorted((row["keys"], row[what]) for row in rows if (row["length"], row["policy"]) == (length, policy))
+            if policy == "whole":
+                axes.axhline(points[0][1], linestyle=":", color="black", label=policy)
+            elif points:
+                axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}", label=policy)
+        if what == "exact":
+            reach = sorted({(row["keys"], row["in_reach"]) for row in rows if row["length"] == length and row["policy"] != "whole"})
+            axes.plot(*zip(*reach, strict=True), "--", color="grey", label="in reach")
+        axes.set(xlabel="keys that a query sees", xscale="log", title=f"{length:,} tokens")
+    figure.axes[0].set_ylabel(says)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
