@@ -157,6 +157,7 @@ def _forward(job: Job, original: Callable[..., Any]) -> Callable[..., Any]:
         if args:
             raise ConfigError("Call the model by names: model(**job.share(batch)).")
         with job.context.running(share.layout, documents=share.documents):
+            named["use_cache"] = False
             return original(**named) if labels is None else _with_loss(job, original, labels, named)
 
     return forward

@@ -32,6 +32,10 @@ class Share:
     layout: Layout
     documents: Pattern | None
 
+    def to(self, *_: Any, **__: Any) -> Share:
+        """Itself, so that code which moves everything in a batch to a device may stay as it is."""
+        return self
+
 
 def shared(batch: Mapping[str, Any], kind: str, rank: int, size: int, device: torch.device) -> dict[str, Any]:
     """This rank's arguments for the model: ids and labels (b s), position ids (1 s), and the share.
@@ -59,7 +63,7 @@ def shared(batch: Mapping[str, Any], kind: str, rank: int, size: int, device: to
         mine = {"input_ids": ids[:, :1], "position_ids": torch.zeros(1, 1, dtype=torch.int64)}
         mine |= {} if labels is None else {"labels": torch.full_like(ids[:, :1], IGNORED)}
     found: dict[str, Any] = {name: x.to(device) for name, x in mine.items()}
-    return found | {"use_cache": False, "share": Share(layout, None if numbers is None else _pattern(numbers))}
+    return found | {"share": Share(layout, None if numbers is None else _pattern(numbers))}
 
 
 def _labels(batch: Mapping[str, Any], ids: Tensor) -> Tensor | None:
