@@ -119,7 +119,7 @@ class Ring:
             return cls(timeout=timeout, strict=strict)
         owns_world = not dist.is_initialized()
         if owns_world:
-            _init_world(timeout)
+            init_world(timeout)
         ring = cls.from_group(dist.group.WORLD, timeout=timeout, strict=strict, heads=heads, nodes=nodes)
         ring._owns_world = owns_world
         return ring
@@ -260,8 +260,8 @@ class Ring:
         return f"rank {self.rank} of {self.size}{folds}"
 
 
-def _init_world(timeout: float) -> None:
-    """Join the ranks that a launcher started: torchrun, or another that sets the same variables and hosts no store."""
+def init_world(timeout: float) -> None:
+    """Begin torch.distributed among the ranks that a launcher started: torchrun, or one that sets its variables and hosts no store."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if use_cuda:

@@ -7,6 +7,7 @@ package's head. Knows groups and the model's forward. Knows nothing of engines; 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ringctx.core.attention import Attention
 from ringctx.core.header import share as everyone
-from ringctx.core.ring import Ring
+from ringctx.core.ring import Ring, init_world
 from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, wrap
 from ringctx.training.labels import IGNORED
@@ -129,8 +130,8 @@ def join(
 
 def _world(timeout: float) -> dist.ProcessGroup | None:
     """All ranks; torch.distributed is begun where the variables of a launcher are there and nobody did."""
-    if not dist.is_initialized():
-        Ring.from_env(timeout=timeout)
+    if not dist.is_initialized() and "RANK" in os.environ:
+        init_world(timeout)
     return dist.group.WORLD if dist.is_initialized() else None
 
 

@@ -63,6 +63,8 @@ def train(config: Config, ring: Ring, make: MakeTrainer = Trainer.of) -> dict[st
     trainer = make(job, asked, state)
     log = Log(out, ring.rank, len(progress.loss))
     with _bar(ring, len(progress.loss), asked.steps) as bar:
+        if not progress.held_out:
+            _measure(0, trainer.job, data, progress, log)
         for step in range(len(progress.loss), asked.steps):
             began = time.perf_counter()
             taken = trainer.step(_batch(trainer.job, data.batch(step)), step)
@@ -71,9 +73,7 @@ def train(config: Config, ring: Ring, make: MakeTrainer = Trainer.of) -> dict[st
             log.step(step + 1, taken, trainer.rate(step))
             bar(taken.loss)
             if (step + 1) % asked.evaluate_every == 0 or step + 1 == asked.steps:
-                found_now = [held_out(trainer.job, pairs) for pairs in data.held_out().values()]
-                progress.held_out.append({"steps": step + 1, "rows": [dataclasses.asdict(one) for one in found_now]})
-                log.measured(step + 1, found_now)
+                _measure(step + 1, trainer.job, data, progress, log)
             if (step + 1) % asked.save_every == 0 or step + 1 == asked.steps:
                 _save(out, trainer, data, {"steps": step + 1, "made_from": made_from} | dataclasses.asdict(progress))
     return _result(trainer, out, progress, asked)
@@ -107,6 +107,12 @@ def _made_from(config: Config) -> dict[str, Any]:
     whole = {"attention": dataclasses.asdict(config)["attention"], "model": dataclasses.asdict(config.model), **asked}
     found: dict[str, Any] = json.loads(json.dumps(whole))
     return found
+
+
+def _measure(steps: int, job: Job, data: Data, progress: Progressed, log: Log) -> None:
+    found = [held_out(job, pairs) for pairs in data.held_out().values()]
+    progress.held_out.append({"steps": steps, "rows": [dataclasses.asdict(one) for one in found]})
+    log.measured(steps, found)
 
 
 def _note(progress: Progressed, taken: Taken) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from ringctx.device import return_freed_memory
 from ringctx.huggingface import Context
 
 
@@ -20,8 +21,11 @@ def recompute(model: Any, context: Context) -> None:
     """Compute the model's layers again in backward, all but attention over the ring.
 
     Where the tokens live is remembered with each layer, so another batch may have begun when the backward comes.
+    The process's memory allocator is told to give large blocks back: see `ringctx.device.return_freed_memory`.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts_of(context)})
+    return_freed_memory()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its name before 5.23
+    enable({"use_reentrant": False, "context_fn": contexts_of(context)})
 
 
 def contexts_of(context: Context) -> Any:

@@ -20,6 +20,8 @@ from ringctx.training.loss import memory_loss
 
 LEAST_RATE = 0.1
 """Of the highest learning rate, where the cosine ends."""
+AVERAGED = 1 << 24
+"""The most numbers of a gradient that are gathered from all ranks at once."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW remembers of a parameter."""
 
@@ -98,11 +100,13 @@ class Trainer:
         """Average gradients over all ranks, summed in the order of ranks, so that all get the same bits."""
         if self.job.size == 1:
             return
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params])
-        total = torch.stack(self.job.gather(flat, "grads")).sum(0) / self.job.size
-        for p, part in zip(params, total.split([p.numel() for p in params]), strict=True):
-            p.grad = part.view_as(p)
+        for p in (p for p in self.model.parameters() if p.requires_grad):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+            for part in p.grad.view(-1).split(AVERAGED):
+                total = torch.zeros_like(part)
+                for of_rank in self.job.gather(part, "grads"):
+                    total += of_rank
+                part.copy_(total / self.job.size)
 
     def rate(self, number: int) -> float:
         """The learning rate of a step: a line up, then half a cosine down."""

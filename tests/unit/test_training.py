@@ -139,7 +139,7 @@ def test_the_real_corpus_is_there():
 def test_a_run_that_broke_off_ends_as_if_it_had_not(tmp_path):
     whole = loop.train(config(tmp_path / "whole"), Ring.alone())
     assert whole["steps"] == len(whole["loss"]) == len(whole["grad_norm"]) == 8 and all(map(math.isfinite, whole["loss"]))
-    assert [one["steps"] for one in whole["held_out"]] == [4, 8] and [row["length"] for row in whole["held_out"][0]["rows"]] == [33, 66]
+    assert [one["steps"] for one in whole["held_out"]] == [0, 4, 8] and [row["length"] for row in whole["held_out"][0]["rows"]] == [33, 66]
     broken = config(tmp_path / "broken")
     with pytest.MonkeyPatch.context() as patch:
         step = loop.Trainer.step

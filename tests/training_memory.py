@@ -1,0 +1,100 @@
+"""Memory of a training step over a ring against one process: `python -m tests.training_memory [CONFIG] [--set KEY=VALUE …]`.
+
+One step, with AdamW's moments there from the start: by one process of two threads, by two ranks, by two ranks with ZeRO-1.
+activations: the process's peak less what it was after imports, weights, gradients and moments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ringctx import config as configuration
+from ringctx.core.ring import Ring
+from ringctx.device import peak_memory
+from ringctx.training import text
+from ringctx.training.labels import shifted
+from ringctx.training.model import job_of
+from ringctx.training.step import MOMENTS, State, Trainer
+from tests.launch.test_generate import ROOT
+
+CONFIG = ROOT / "configs" / "smollm2_train.yaml"
+ZERO = ROOT / "configs" / "deepspeed" / "zero1.json"
+CASES = {"alone": (1, 2), "ring": (2, 1), "zero1": (2, 1)}
+"""Ranks and the threads of each."""
+MB = 1e6
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def step(case: str, asked: Any, ring: Ring) -> dict[str, float]:
+    """One step of the configuration: its loss, and this process's megabytes."""
+    make: Any = Trainer.of
+    if case == "zero1":
+        from ringctx.embed.deepspeed import DeepSpeedTrainer
+
+        make = partial(DeepSpeedTrainer.made, ZERO)
+    imported = resident()
+    job = job_of(asked, ring, None)
+    params = {name: p.detach() for name, p in job.model.named_parameters()}
+    zeros = {name: {key: torch.zeros(()) if key == "step" else torch.zeros_like(p) for key in MOMENTS} for name, p in params.items()}
+    weights = sum(p.nbytes for p in params.values())
+    trainer = make(job, asked.training, State({name: p.clone() for name, p in params.items()} if case == "zero1" else params, zeros))
+    del zeros, params
+    from transformers import AutoTokenizer
+
+    tokens = text._line(AutoTokenizer.from_pretrained(job.model.config._name_or_path), [_book(asked.training.context)], 0).long()
+    ids, labels = shifted(tokens[None, : asked.training.context + 1])
+    taken = trainer.step(job.share({"input_ids": ids, "shift_labels": labels}), 0)
+    peak = peak_memory(job.device)
+    held = imported + 4 * weights  # weights, gradients and two moments
+    return {"loss": taken.loss, "peak": peak / MB, "imported": imported / MB, "weights": weights / MB, "activations": (peak - held) / MB}
+
+
+def _book(tokens: int) -> str:
+    import gzip
+
+    return gzip.decompress((ROOT / text.BOOK).read_bytes()).decode()[: 8 * tokens]
+
+
+def main() -> None:
+    """Run the cases one after another, or, as a rank of one, its step."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config", nargs="?", type=Path, default=CONFIG)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--case", choices=CASES, action="append")
+    parser.add_argument("--rank", choices=CASES)
+    given = parser.parse_args()
+    if given.rank:
+        torch.set_num_threads(CASES[given.rank][1])
+        asked = configuration.load(given.config, given.overrides)
+        with Ring.from_env(timeout=asked.ring.timeout) as ring:
+            found = step(given.rank, asked, ring)
+            if ring.rank == 0:
+                print(json.dumps(found))
+        return
+    for case in given.case or CASES:
+        ranks = CASES[case][0]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        sets = [x for one in given.overrides for x in ("--set", one)]
+        done = subprocess.run(
+            [*command, "-m", "tests.training_memory", str(given.config), "--rank", case, *sets],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        print(case, done.stdout.splitlines()[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
