@@ -275,6 +275,18 @@ def init_world(timeout: float) -> None:
     )
 
 
+@contextmanager
+def collective(what: str) -> Iterator[None]:
+    """For torch's own collectives inside: raises RankLost, naming what was under way, where one breaks off because a rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistBackendError) and "gloo/transport" not in str(error):
+            raise
+        why = "no answer within the timeout" if "Timed out" in str(error) else "its connection is closed"
+        raise RankLost(f"A rank is lost that took part in {what}: {why}. Start the ranks again.") from error
+
+
 def job_store(name: str) -> dist.Store:
     """A client of torchrun's store. Its prefix holds the attempt's number, so a restarted worker reads nothing old."""
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ringctx.config_training import TrainingConfig
 from ringctx.core.attention import Attention
+from ringctx.core.ring import collective
 from ringctx.embed.zero import resume, state_of
 from ringctx.errors import ConfigError
 from ringctx.training import job as jobs
@@ -136,6 +137,7 @@ class DeepSpeedTrainer(Trainer):
             resume(engine, state.moments)
         return cls(job, config, optimizer, engine)
 
+    @collective("DeepSpeed's step")
     def step(self, batch: dict[str, Any], number: int) -> Taken:
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -159,6 +161,7 @@ class DeepSpeedTrainer(Trainer):
     def called(self) -> Any:
         return self.engine
 
+    @collective("gathering DeepSpeed's weights")
     def state(self) -> State:
         return state_of(self.engine)
 

@@ -23,12 +23,11 @@ from ringctx.core.forgetting import attend_forgetting
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
 from ringctx.core.plan import wanted
-from ringctx.core.ring import Ring
+from ringctx.core.ring import Ring, collective
 from ringctx.core.select import Selector, Sight
 from ringctx.core.tiles import Spans
 from ringctx.core.visiting import attend_explicit
 from ringctx.errors import ConfigError, LayoutError
-from ringctx.huggingface.shards import lost
 
 
 class Cache(Protocol):
@@ -140,11 +139,8 @@ class Context:
         before = (self.layout, self.documents, self.cache, self.decoding)
         self.layout, self.documents, self.cache, self.decoding = layout, documents, cache, decoding
         try:
-            yield self
-        except RuntimeError as error:
-            if self.parts > 1 and (sentence := lost(error)):
-                raise sentence from error
-            raise
+            with collective("a sum over rows of weights (tensor parallel)" if self.parts > 1 else "gathering weights"):
+                yield self
         finally:
             self.layout, self.documents, self.cache, self.decoding = before
 

@@ -22,7 +22,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 
 from ringctx.core.ring import Ring
-from ringctx.errors import ConfigError, RankLost, Unsupported
+from ringctx.errors import ConfigError, Unsupported
 
 
 @dataclass
@@ -92,11 +92,3 @@ def key_heads_of(model: Any) -> int:
     heads = get_kv_heads_per_rank(model.tp_plan or {}, model.config.num_key_value_heads, parts_of(model))
     assert isinstance(heads, int)
     return heads
-
-
-def lost(error: RuntimeError) -> RankLost | None:
-    """What to say if a sum within a row broke off because another rank of it is gone; None for any other error."""
-    if not isinstance(error, dist.DistBackendError) and "gloo/transport" not in str(error):
-        return None
-    why = "no answer within the ring's timeout" if "Timed out" in str(error) else "its connection is closed"
-    return RankLost(f"A rank that holds other parts of the same weights (tensor parallel) is lost: {why}. Start the ranks again.")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ringctx.core.attention import Attention
 from ringctx.core.header import share as everyone
-from ringctx.core.ring import Ring, init_world
+from ringctx.core.ring import Ring, collective, init_world
 from ringctx.errors import ConfigError
 from ringctx.huggingface import Context, wrap
 from ringctx.training.labels import IGNORED
@@ -83,7 +83,8 @@ class Job:
             return everyone(self.ring, mine, kind) if self.ring.size > 1 else [mine]
         mine = mine if dist.get_backend(self.group) == "gloo" else mine.cuda()
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(found, mine.contiguous(), group=self.group)
+        with collective(f"exchanging {kind} over all rings"):
+            dist.all_gather(found, mine.contiguous(), group=self.group)
         return found
 
     def share(self, batch: Mapping[str, Any]) -> dict[str, Any]:
