@@ -23,7 +23,8 @@ from ringctx.kernels.base import accumulation_dtype
 
 _calls: WeakValueDictionary[int, Call] = WeakValueDictionary()  # rings keep their calls
 _next = itertools.count()
-MOST_UNTRAINED = 256
+MOST_KEPT = 256
+"""Calls of a ring that are trained, and as many that are not. One whose backward is to come lives on in autograd."""
 
 
 def number_of(
@@ -41,9 +42,9 @@ def number_of(
     """The number of this way of calling; equal calls share one, whatever numbers their tensors hold."""
     key = (layout, key_layout, attention.key(), transport, kernel, train, train_params, measure, has_start)
     if key not in ring.kept:
-        untrained = [k for k, (_, call) in ring.kept.items() if not call.train]
-        if len(untrained) >= MOST_UNTRAINED:  # a cache that grows makes a new layout for every chunk
-            for old in untrained:
+        alike = [k for k, (_, call) in ring.kept.items() if call.train is train]
+        if len(alike) >= MOST_KEPT:  # a cache that grows has a new layout for every chunk, and every packed batch documents of its own
+            for old in alike[: MOST_KEPT // 2]:
                 del ring.kept[old]
         number, call = next(_next), Call(ring, layout, key_layout, attention, *key[3:])
         ring.kept[key], _calls[number] = (number, call), call

@@ -31,6 +31,7 @@ from ringctx.embed.zero import resume, state_of
 from ringctx.errors import ConfigError
 from ringctx.training import job as jobs
 from ringctx.training.job import Job
+from ringctx.training.labels import IGNORED
 from ringctx.training.step import State, Taken, Trainer, adamw, fill
 
 __all__ = ["DeepSpeedJob", "DeepSpeedTrainer", "Mpu", "join", "resume", "state_of"]
@@ -134,7 +135,7 @@ class DeepSpeedTrainer(Trainer):
             model=job.model, config=asked, optimizer=None if "optimizer" in asked else adamw(job.model, config), mpu=Mpu(job)
         )
         if state is not None:
-            resume(engine, state.moments)
+            resume(engine, state)
         return cls(job, config, optimizer, engine)
 
     @collective("DeepSpeed's step")
@@ -143,14 +144,22 @@ class DeepSpeedTrainer(Trainer):
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(number)
         losses = []
-        for part in _parts(batch, self.engine.gradient_accumulation_steps()):
-            objective, *found = self.objective(part, number)
+        parts = _parts(batch, self.engine.gradient_accumulation_steps())
+        for part, weight in zip(parts, self._weights(parts), strict=True):
+            objective, *found = self.objective(part, number, weight)
             self.engine.backward(objective)
             losses.append(found)
             norm = self._norm() if self.engine.is_gradient_accumulation_boundary() else 0.0
             self.engine.step()
         loss, memory = torch.stack([torch.stack(found) for found in losses]).mean(0).tolist()
         return Taken(loss, memory, float(self.engine.get_global_grad_norm() or norm))
+
+    def _weights(self, parts: list[dict[str, Any]]) -> list[float]:
+        """How many labels each part has, over all ranks, 1 on average: the engine takes the mean of parts."""
+        counts = torch.stack([(part["labels"] != IGNORED).sum() for part in parts]).double()
+        counts = torch.stack(self.job.gather(counts)).sum(0)
+        weights: list[float] = (counts / counts.mean().clamp(min=1)).tolist()
+        return weights
 
     def _norm(self) -> float:
         """Of gradients that no optimizer of DeepSpeed's holds: at stage 0 in fp32 it reports none."""

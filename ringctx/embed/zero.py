@@ -39,14 +39,14 @@ def state_of(engine: Any) -> State:
     return State(weights, moments)
 
 
-def resume(engine: Any, moments: dict[str, dict[str, Tensor]]) -> None:
-    """Give an engine that was just made, over a model that has its weights already, the moments of a state."""
+def resume(engine: Any, state: State) -> None:
+    """Give an engine that was just made, over a model that has its weights already, the fp32 weights and the moments of a state."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    inner = _inner(engine)
-    if not moments:
-        return
+    inner, moments = _inner(engine), state.moments
     params = {name: p for name, p in engine.module.named_parameters() if name in moments}
+    if not params:
+        return
     if inner is engine.optimizer:
         for name, p in params.items():
             inner.state[p] = {key: moments[name][key].to(p.device if key != "step" else "cpu").clone() for key in MOMENTS}
@@ -56,11 +56,22 @@ def resume(engine: Any, moments: dict[str, dict[str, Tensor]]) -> None:
         inner.state[flat] = {"step": step.clone(), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
     _link(engine)
     for name, p in params.items():
+        _set_master(p, state.weights[name])
         for key in MOMENTS[1:]:
             if hasattr(p, "ds_id"):
                 safe_set_local_optimizer_state(p, _part(moments[name][key], p), key)
             else:
                 safe_set_full_optimizer_state(p, moments[name][key].to(p.device), key)
+
+
+def _set_master(p: Any, weights: Tensor) -> None:
+    """In half precision the engine rounded the model's weights before it copied them."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if hasattr(p, "ds_id"):
+        safe_set_local_fp32_param(p, _part(weights, p))
+    else:
+        safe_set_full_fp32_param(p, weights.to(p.device))
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:

@@ -146,7 +146,9 @@ class Context:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         """One layer's attention: q (b s h d), k and v (b s g d), none of them rotated  ->  (b s h d)."""
-        began = time.perf_counter()
+        if self.documents is not None and torch.compiler.is_compiling():
+            return self._attend_uncompiled(layer, q, k, v, attention)
+        began = _now()
         if self.documents is not None:
             attention = replace(attention, pattern=attention.pattern & self.documents)
         if self.asked:
@@ -156,7 +158,7 @@ class Context:
         asked = replace(attention, select=watched) if watched else attention
         attend = self._decode if self.decoding else self._whole
         out = attend(layer, q, k, v, asked, is_wanted)
-        self.seconds += time.perf_counter() - began
+        self.seconds += _now() - began
         if not self.recalled:
             self._note(layer, attention.seen & watched.chosen if watched and watched.chosen else attention.seen, q.shape[1])
         if self.after_layer:
@@ -164,6 +166,10 @@ class Context:
         if not is_wanted:
             raise KeysCached
         return out
+
+    @torch.compiler.disable(reason="each packed batch has documents of its own, whose plan no graph can hold")
+    def _attend_uncompiled(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
+        return self.attend(layer, q, k, v, attention)
 
     def _note(self, layer: int, pattern: Pattern, num_tokens: int) -> None:
         self.patterns[layer] = pattern
@@ -301,9 +307,9 @@ class Context:
     def check_positions(self, position_ids: Tensor) -> None:
         """Position ids must be the layout's indices: ringctx rotates by index, so others would be lost in silence.
 
-        Raises LayoutError, saying what to pass.
+        Raises LayoutError, saying what to pass. Not looked at inside a compiled model, whose numbers Python never sees.
         """
-        if self.decoding:
+        if self.decoding or torch.compiler.is_compiling():
             return
         layout = self._layout_of(position_ids.shape[-1])
         indices = layout.indices(self.ring.rank, position_ids.device)
@@ -313,6 +319,11 @@ class Context:
                 f"but its tokens' indices are {_ends(indices)}. "
                 "Pass position_ids=layout.indices(ring.rank)[None]; packed documents need no restart, since rotation is relative."
             )
+
+
+def _now() -> float:
+    """Seconds on a clock; it stands still while a graph is traced."""
+    return 0.0 if torch.compiler.is_compiling() else time.perf_counter()
 
 
 class Watched:

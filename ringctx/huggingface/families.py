@@ -5,6 +5,7 @@ Knows model types. A family is listed when a test shows that its wrapped logits 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from ringctx.methods.rotary import Rotary
 
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary types whose frequencies do not depend on how long the sequence is."""
+_STATE = re.compile("(Mixer|MambaLayer|RecurrentBlock|Delta(Net|Attention)|ShortConv|(Linear|Lightning|RwkvSelf)Attention)$")
+"""How the class names of modules end that scan the sequence."""
 
 
 def _says(module: Any) -> bool:
@@ -66,6 +69,13 @@ FAMILIES: dict[str, Family] = {
 def family_of(model: nn.Module) -> Family:
     """The model's row of the table. Raises Unsupported, naming the model type and what to do, when it has none."""
     kind = str(_config(model).model_type)
+    states = [(name, type(module).__name__) for name, module in model.named_modules() if _STATE.search(type(module).__name__)]
+    if states:
+        raise Unsupported(
+            f"Cannot wrap a model of type {kind!r}: {states[0][0]} ({states[0][1]}) carries a state along the sequence, which each rank "
+            "would need from the rank before it, while ringctx sends keys and values alone. Train it on whole sequences, or use a model "
+            "all of whose layers are attention."
+        )
     if kind not in FAMILIES:
         raise Unsupported(
             f"Cannot wrap a model of type {kind!r}: its rotary encoding and attention were not checked against ringctx. "

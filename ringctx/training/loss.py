@@ -29,6 +29,7 @@ def token_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+@torch.compiler.disable(reason="ranks send each other what they counted")
 def mean_of(total: Tensor, count: Tensor, gather: Gather) -> Tensor:
     """The mean over all ranks' labels: the sum of their totals over the sum of their counts; the same number on every rank.
 

@@ -77,11 +77,11 @@ class Trainer:
             return loss, torch.zeros_like(loss)
         return loss, memory_loss(self.job.context.memories, batch["share"].layout, self.job.ring, self.job.gather)
 
-    def objective(self, batch: dict[str, Any], number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What is to be made small at this step, and the two losses it is made of."""
+    def objective(self, batch: dict[str, Any], number: int, weight: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """What is to be made small at this step, and the two losses it is made of. weight: of the batch's labels."""
         loss, memory = self.losses(batch)
-        weight = self.config.memory_loss if number >= self.config.memory_from else 0.0
-        return loss + weight * memory, loss.detach(), memory.detach()
+        costs = self.config.memory_loss if number >= self.config.memory_from else 0.0
+        return weight * loss + costs * memory, weight * loss.detach(), memory.detach()
 
     def step(self, batch: dict[str, Any], number: int) -> Taken:
         """The optimizer's step `number`, counted from 0."""

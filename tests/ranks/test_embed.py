@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,44 @@ def test_loss_and_gradients_are_those_of_transformers(
 ) -> None:
     loss, grads = by_transformers("llama", case)
     for theirs, of_theirs in pool.run(gradients, size, case, {"layout": layout, **asked}, size=ranks):
+        assert abs(theirs - loss) <= 1e-6 * loss
+        assert all(float((a - b).norm()) <= 5e-6 * float(b.norm()) for a, b in zip(of_theirs, grads, strict=True))
+
+
+def breaks(ring: Ring, case: str) -> tuple[int, set[str]]:
+    """Graphs of a compiled forward, and where it breaks: files and functions."""
+    job = Job.on(ring, tiny("llama").train())
+    batch = job.share(next(batches(case)))
+    job.model(**batch)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(job.model)(**batch)
+    return found.graph_count, {f"{Path(one.user_stack[-1].filename).name}:{one.user_stack[-1].name}" for one in found.break_reasons}
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo looks at gradients of tensors that have none
+def test_a_compiled_model_is_one_graph_up_to_where_ranks_gather_losses(pool: Pool) -> None:
+    end = "job.py:_with_loss"
+    assert breaks(Ring.alone(), "plain") == (1, {end})
+    assert pool.run(breaks, "plain", size=2) == [(1, {end})] * 2
+    assert breaks(Ring.alone(), "packed")[1] == {"context.py:attend", end}  # documents are planned anew for every batch
+
+
+def compiled(ring: Ring, case: str) -> tuple[float, list[Tensor]]:
+    """As `gradients`, by layers that are one graph each."""
+    job = job_on(ring, ring.size)
+    batch = job.share(next(batches(case)))
+    job.model(**batch)
+    torch._dynamo.reset()
+    for layer in job.model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    loss = job.model(**batch).loss
+    loss.backward()
+    return float(loss.detach()), [sum(share(ring, p.grad, "grads")) / ring.size for p in job.model.parameters()]
+
+
+def test_compiled_layers_are_one_graph_each_and_compute_the_same(pool: Pool) -> None:
+    loss, grads = by_transformers("llama", "odd")
+    for theirs, of_theirs in pool.run(compiled, "odd", size=2):
         assert abs(theirs - loss) <= 1e-6 * loss
         assert all(float((a - b).norm()) <= 5e-6 * float(b.norm()) for a, b in zip(of_theirs, grads, strict=True))
 

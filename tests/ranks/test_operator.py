@@ -60,6 +60,18 @@ def test_compile_makes_one_graph_of_it_forward_and_backward(pool, transport, bra
     pool.run(compiled, transport, branches, size=2)
 
 
+def test_a_ring_keeps_few_of_many_ways_of_calling_and_backward_finds_its_own():
+    ring, (q, k, v, dout) = Ring.alone(), whole()
+    q.requires_grad_()
+    layout = Layout.zigzag(S, 1)
+    out = ring_attention(q, k, v, ring=ring, layout=layout, attention=Attention(causal() & window(5)))
+    for n in range(600):
+        ring_attention(q, k, v, ring=ring, layout=layout, attention=Attention(causal(offset=n + 1)))
+    assert len(ring.kept) <= 256
+    out.backward(dout)
+    assert error(q.grad, dense(Attention(causal() & window(5)), q, k, v, dout=dout).dq) < 1e-12
+
+
 def checkpointed(ring: Ring, transport: str, dropout: float) -> tuple[int, int]:
     layout, tensors = shards(ring)
     attention = Attention(PATTERN, dropout=dropout)

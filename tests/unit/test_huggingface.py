@@ -110,6 +110,28 @@ def test_gradients_are_the_models_own():
         assert_close(a, b, atol=1e-4 * float(b.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("Mamba2", {"num_heads": 2, "head_dim": 32, "state_size": 8, "n_groups": 1}, r"'mamba2': \S+layers.0.mixer \(Mamba2Mixer\)"),
+        ("Bamba", {"mamba_n_heads": 2, "mamba_d_head": 32, "mamba_n_groups": 1, "attn_layer_indices": [1]}, "BambaMixer"),
+        (
+            "Qwen3Next",
+            {"num_experts": 2, "linear_num_value_heads": 2, "linear_num_key_heads": 2, "layer_types": ["linear_attention"] * 2},
+            "Qwen3NextGatedDeltaNet",
+        ),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "Lfm2ShortConv"),
+        ("MiniMax", {"num_local_experts": 2, "head_dim": 16}, "MiniMaxLightningAttention"),
+    ],
+)
+def test_layers_that_carry_a_state_along_the_sequence_are_refused_by_name(kind, settings, said):
+    shape = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**shape, num_key_value_heads=2, **settings)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with pytest.raises(Unsupported, match=f"{said}.* carries a state along the sequence.*all of whose layers are attention"):
+        wrap(model, Ring.alone())
+
+
 def test_a_family_that_was_not_checked_is_refused_by_name():
     model = tiny()
     model.config.model_type = "falcon"
