@@ -69,6 +69,8 @@ class TrainingConfig:
     """The most tokens of a rank whose MLP and logits exist at a time; 0 for all."""
     recompute: bool = False
     """Compute layers again in backward, all but attention, instead of keeping what they computed."""
+    offload: bool = False
+    """With recompute: keep layers' inputs in the host's memory instead of the GPU's."""
     weight_decay: float = 0.1
     """Of AdamW, on matrices alone."""
     clip: float = 1.0
@@ -101,6 +103,8 @@ class TrainingConfig:
                 f"training.scratch has hidden {scratch.hidden}, heads {scratch.heads} and key_heads {scratch.key_heads}; "
                 "heads must divide hidden, and key_heads divide heads."
             )
+        if self.offload and not self.recompute:
+            raise ConfigError("training.offload moves what training.recompute keeps; set training.recompute to true, or offload to false.")
         if self.data == "variables" and not scratch.layers:
             raise ConfigError("training.data variables has tokens of its own; set training.scratch.layers for a model of them.")
         if not (task.names >= 1 and task.values >= 1 and task.noise >= 0 and 0 < task.asked < 1):

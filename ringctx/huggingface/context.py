@@ -86,12 +86,14 @@ class Context:
     patterns: who saw whom in each layer's latest attention, the model's own windows included, and what a selector chose.
     chunks: the same for every chunk of the sequence that was prefilled last, each with its layout.
     parts: over how many ranks the weights are spread, each with its own heads.
+    only_running: whether attention outside `running` is refused, as of a job, whose batches say where tokens live.
     """
 
     ring: Ring
     transport: str = "auto"
     kernel: str = "auto"
     parts: int = 1
+    only_running: bool = False
     layout: Layout | None = None
     documents: Pattern | None = None
     cache: Cache | None = None
@@ -103,6 +105,7 @@ class Context:
     evictor: Evictor | None = None
     patterns: dict[int, Pattern] = field(default_factory=dict)
     chunks: dict[int, list[tuple[Layout, Pattern]]] = field(default_factory=dict)
+    is_running: bool = False
     memories: dict[int, Tensor] = field(default_factory=dict)
     """Of layers whose keys carry something, without a cache: the latest call's memory (b s), with its gradient (`Carried.memory`)."""
     seconds: float = field(default=0.0)
@@ -136,13 +139,13 @@ class Context:
             raise LayoutError(f"The layout is for {layout.size} ranks, but the ring has {self.ring.size}.")
         if decoding and cache is None:
             raise ConfigError("Decoding needs the cache that the prefill filled; pass cache=.")
-        before = (self.layout, self.documents, self.cache, self.decoding)
-        self.layout, self.documents, self.cache, self.decoding = layout, documents, cache, decoding
+        before = (self.layout, self.documents, self.cache, self.decoding, self.is_running)
+        self.layout, self.documents, self.cache, self.decoding, self.is_running = layout, documents, cache, decoding, True
         try:
             with collective("a sum over rows of weights (tensor parallel)" if self.parts > 1 else "gathering weights"):
                 yield self
         finally:
-            self.layout, self.documents, self.cache, self.decoding = before
+            self.layout, self.documents, self.cache, self.decoding, self.is_running = before
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
         """One layer's attention: q (b s h d), k and v (b s g d), none of them rotated  ->  (b s h d)."""
@@ -290,6 +293,11 @@ class Context:
     def _layout_of(self, num_tokens: int) -> Layout:
         """This call's layout. A rank that owns no token is fed one all the same, because transformers takes no empty input."""
         layout = self.layout
+        if self.only_running and not self.is_running:
+            raise ConfigError(
+                "A layer was computed outside the model's forward, as by activation checkpointing that is not the model's own, "
+                "and then nobody says where tokens live; call model.gradient_checkpointing_enable() after join, or leave it out."
+            )
         if layout is None:
             if self.ring.size > 1:
                 raise ConfigError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from ringctx.huggingface import Context, wrap
 from ringctx.training.labels import IGNORED
 from ringctx.training.loader import Loader
 from ringctx.training.loss import mean_of, token_sum
+from ringctx.training.recompute import take_over
 from ringctx.training.share import Share, shared
 from ringctx.training.tiled import Tiles, tile_mlps, tiled_sum
 
@@ -64,6 +66,8 @@ class Job:
             tile_mlps(model, tiles)
         job = cls(model, context, ring, tiles=tiles, **folded)
         model.forward = _forward(job, model.forward)
+        context.only_running = True
+        take_over(model, context)
         return job
 
     @property
@@ -155,7 +159,8 @@ def _forward(job: Job, original: Callable[..., Any]) -> Callable[..., Any]:
         if share is None:
             if job.context.layout is None and not job.context.decoding and (job.ring.size > 1 or labels is not None):
                 raise ConfigError("The model was not told where its tokens live; call it with job.share(batch), or what job.loader gives.")
-            return original(*args, **named)
+            with nullcontext() if job.context.is_running else job.context.running():
+                return original(*args, **named)
         if args:
             raise ConfigError("Call the model by names: model(**job.share(batch)).")
         with job.context.running(share.layout, documents=share.documents):

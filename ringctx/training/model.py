@@ -42,7 +42,7 @@ def job_of(config: Config, ring: Ring, vocabulary: int | None) -> Job:
     ways = {"transport": config.ring.transport, "kernel": config.ring.kernel, "layout": config.layout.kind}
     job = Job.on(ring, model, asked, tile=training.tile or None, **ways)
     if training.recompute:
-        recompute(model, job.context)
+        recompute(model, job.context, offload=training.offload)
     return job
 
 

@@ -28,6 +28,7 @@ def by_trainer(folder: Path, lora: bool = False) -> list[float]:
     args = TrainingArguments(
         output_dir=str(folder / "trainer"), per_device_train_batch_size=1, num_train_epochs=1, gradient_accumulation_steps=2, use_cpu=True,
         learning_rate=1e-3, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, eval_strategy="epoch",
+        gradient_checkpointing=RANKS > 1,
     )  # fmt: skip
     named: dict[str, Any] = {"model": model, "args": args, "train_dataset": ROWS, "eval_dataset": ROWS[:4]}
     trainer = Trainer(**named) if RANKS == 1 else RingTrainer(join(model), **named)

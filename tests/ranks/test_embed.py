@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 pytest.importorskip("transformers")
@@ -16,8 +18,8 @@ pytest.importorskip("transformers")
 from ringctx.core.header import share
 from ringctx.core.ring import Ring
 from ringctx.embed import Job, join
-from ringctx.errors import RanksDisagree
-from ringctx.training.recompute import recompute
+from ringctx.errors import ConfigError, RanksDisagree, Unsupported
+from ringctx.training.recompute import enable, recompute
 from tests.embedded import alone, batches
 from tests.pool import Pool, RankFailed
 from tests.tiny import tiny
@@ -62,6 +64,47 @@ def test_loss_and_gradients_are_those_of_transformers(
     for theirs, of_theirs in pool.run(gradients, size, case, {"layout": layout, **asked}, size=ranks):
         assert abs(theirs - loss) <= 1e-6 * loss
         assert all(float((a - b).norm()) <= 5e-6 * float(b.norm()) for a, b in zip(of_theirs, grads, strict=True))
+
+
+def test_checkpoints_in_the_hosts_memory_change_nothing_and_are_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import modeling_utils
+
+    loss, grads = by_transformers("llama", "odd")
+    job = Job.on(Ring.alone(), tiny().train())
+    with pytest.raises(Unsupported, match="this model is on a CPU; leave it out"):
+        recompute(job.model, job.context, offload=True)
+    saved = []
+
+    def save(**asked: Any) -> Any:  # as on a GPU, but for pinning
+        saved.append(asked)
+        return torch.autograd.graph.save_on_cpu(pin_memory=False)
+
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", save)
+    enable(job.model, job.context, offload=True)
+    found = job.model(**job.share(next(batches("odd")))).loss
+    found.backward()
+    assert len(saved) == len(job.model.model.layers) and all(asked["pin_memory"] for asked in saved)
+    assert abs(float(found.detach()) - loss) <= 1e-6 * loss
+    assert all(float((p.grad - x).norm()) <= 5e-6 * float(x.norm()) for p, x in zip(job.model.parameters(), grads, strict=True))
+
+
+def test_who_checkpoints_a_model_by_its_own_methods_gets_the_same_gradients_and_by_others_a_sentence() -> None:
+    loss, grads = by_transformers("llama", "packed")
+    job = Job.on(Ring.alone(), tiny().train())
+    job.model.activation_checkpointing_enable({"use_reentrant": True})
+    found = job.model(**job.share(next(batches("packed")))).loss
+    found.backward()
+    assert abs(float(found.detach()) - loss) <= 1e-6 * loss
+    assert all(float((p.grad - x).norm()) <= 5e-6 * float(x.norm()) for p, x in zip(job.model.parameters(), grads, strict=True))
+    with pytest.raises(Unsupported, match="leave context_fn out"):
+        job.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"context_fn": list})
+    job = Job.on(Ring.alone(), tiny().train())
+    for layer in job.model.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    found = job.model(**job.share(next(batches("packed")))).loss
+    with pytest.raises(ConfigError, match="outside the model's forward.*gradient_checkpointing_enable"):
+        found.backward()
+    assert job.model(input_ids=torch.arange(5)[None], use_cache=False).logits.shape[1] == 5  # one rank, and no labels: nothing to be said
 
 
 def breaks(ring: Ring, case: str) -> tuple[int, set[str]]:
