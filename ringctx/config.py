@@ -15,7 +15,7 @@ from typing import Literal
 import yaml
 
 from ringctx import config_layers
-from ringctx.config_attention import AttentionConfig, BranchesConfig, CarryConfig, PositionsConfig, SelectConfig
+from ringctx.config_attention import AttentionConfig, BranchesConfig, CarryConfig, EncodingConfig, PositionsConfig, SelectConfig
 from ringctx.config_cache import CacheConfig, EvictConfig, RecallConfig
 from ringctx.config_layers import LayersConfig
 from ringctx.config_training import ScratchConfig, TrainingConfig, VariablesConfig
@@ -28,6 +28,7 @@ __all__ = [
     "CacheConfig",
     "CarryConfig",
     "Config",
+    "EncodingConfig",
     "EvictConfig",
     "GenerationConfig",
     "LayersConfig",

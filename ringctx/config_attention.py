@@ -54,6 +54,26 @@ class PositionsConfig:
             raise ConfigError("longrope needs attention.positions.short and .long, each a list of one number a pair of rotated dims.")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodingConfig:
+    """How queries and keys know where they are. Of models trained so: CoCA, or no position at all in some layers."""
+
+    kind: Literal["rotary", "coca", "coca_strict", "none"] = "rotary"
+    """rotary is the model's own; coca multiplies what the key projection gives by both turned and plain queries; none turns nothing."""
+    log_n: int | None = None
+    """Queries grow with the logarithm of the keys they may see, over that of this many tokens; null for no growth."""
+    least: float = 1.0
+    """log_n: the least that queries are multiplied by; 0 lets them shrink below so many tokens too."""
+
+    def __post_init__(self) -> None:
+        if self.log_n is not None and self.log_n < 2:
+            raise ConfigError(f"attention.encoding.log_n is {self.log_n}; it is a number of tokens, 2 or more, such as those of training.")
+        if self.log_n is None and self.least != 1:
+            raise ConfigError("attention.encoding.least means nothing without log_n; set log_n, or leave it out.")
+        if not 0 <= self.least < math.inf:
+            raise ConfigError(f"attention.encoding.least is {self.least}; it is what queries are multiplied by at least, 0 or more.")
+
+
 _BRANCHES = {
     "none": (), "rerope": ("window",), "leaky_rerope": ("window", "factor"), "self_extend": ("window", "group"),
     "lm_infinite": ("window", "sinks", "length"), "streaming": ("window", "sinks"), "dual_chunk": ("chunk", "length"),
@@ -186,6 +206,8 @@ class AttentionConfig:
     """First tokens of the sequence that all see in spite of the window."""
     positions: PositionsConfig = field(default_factory=PositionsConfig)
     """How the model reads on past its trained length: by other frequencies."""
+    encoding: EncodingConfig = field(default_factory=EncodingConfig)
+    """How queries and keys know where they are."""
     branches: BranchesConfig = field(default_factory=BranchesConfig)
     """How the model reads on past its trained length: by other distances. window and sinks above narrow what branches see."""
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -194,6 +216,11 @@ class AttentionConfig:
     """What queries say of earlier keys."""
 
     def __post_init__(self) -> None:
+        if self.branches.kind != "none" and self.encoding.kind != "rotary":
+            raise ConfigError(
+                f"attention.branches turn by rotary positions of their own, and attention.encoding.kind is {self.encoding.kind}; "
+                "set one of the two."
+            )
         for name in ("branches", "select"):
             if self.carry.kind != "none" and getattr(self, name).kind != "none":
                 raise ConfigError(

@@ -148,7 +148,7 @@ def _plain(block: LayersConfig) -> AttentionConfig:
 
 def _parts(layer: int, of_heads: Sequence[AttentionConfig]) -> Parts:
     """Heads that ask the same together; they may differ in window and sinks alone, and where keys carry something not in these."""
-    for key in ("branches", "select", "carry"):
+    for key in ("encoding", "branches", "select", "carry"):
         if len({getattr(block, key) for block in of_heads}) > 1:
             raise ConfigError(
                 f"Heads of layer {layer} differ in attention.{key}, which holds for a whole layer; heads may differ in window and sinks. "

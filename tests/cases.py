@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ringctx import Attention, Layout, Unsupported, ring_attention
 from ringctx import patterns as p
+from ringctx.core.branch import Branch
 from ringctx.core.layout import ranges_of
 from ringctx.core.pattern import Pattern
 from ringctx.methods import branches
 from ringctx.methods.branches import Branches
+from ringctx.methods.encodings import Coca, LogN
 from ringctx.methods.rotary import Rotary
 from ringctx.methods.scores import Alibi, DistanceBias, PairBias, Softcap
 from ringctx.testing import Dense, dense, errors
@@ -54,6 +56,7 @@ BRANCHES: dict[str, Callable[[Rotary], Branches]] = {
 }
 SCORES = (
     *("none", "softcap", "alibi", "distance", "pair", "sink", "dropout", "rotary", "scale", "all"),
+    *("coca", "coca_strict", "log_n", "log_n_rerope"),
     *BRANCHES,
     "branches_all",
 )
@@ -258,6 +261,14 @@ def _attention(case: Case, n: int, normal: Callable[..., Tensor]) -> Attention:
             return Attention(pattern=pattern, dropout=0.3)
         case "rotary":
             return Attention(pattern=pattern, encoding=rotary)
+        case "coca" | "coca_strict":
+            whole = Rotary(tuple(2.0**-x for x in range(2, 2 + case.widths[0] // 2)))
+            return Attention(pattern=pattern, encoding=Coca(case.scores == "coca_strict", whole))
+        case "log_n":
+            return Attention(pattern=pattern, encoding=LogN(n // 2 + 2, rotary))
+        case "log_n_rerope":
+            by_branch = tuple(Branch(b.pattern, LogN(9, b.encoding, 0.0)) for b in BRANCHES["rerope"](rotary))
+            return Attention(pattern=pattern, branches=by_branch)
         case "scale":
             return Attention(pattern=pattern, scale=0.45)
         case "all" | "branches_all":

@@ -6,12 +6,15 @@ Knows configurations and methods. Knows nothing of models, ranks or caches.
 from __future__ import annotations
 
 import logging
-from typing import TypeVar
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
-from ringctx.config import AttentionConfig, BranchesConfig, Config, PositionsConfig
+from ringctx.config import AttentionConfig, BranchesConfig, Config, EncodingConfig, PositionsConfig
 from ringctx.core.attention import Attention
 from ringctx.errors import ConfigError
 from ringctx.methods import branches, extend
+from ringctx.methods.encodings import Coca, LogN, Unturned
 from ringctx.methods.rotary import Rotary
 from ringctx.methods.selective import Selective
 from ringctx.patterns import causal, sinks, window
@@ -26,13 +29,24 @@ def attention_of(config: AttentionConfig, trained: int | None = None) -> Attenti
 
     trained: tokens that the model was trained on. Raises ConfigError for branches that cannot be, such as chunks beyond that.
     """
-    if config.window is None and config.branches.kind == "none" and config.carry.kind == "none":
+    if (config.window, config.branches, config.carry.kind, config.encoding) == (None, BranchesConfig(), "none", EncodingConfig()):
         return None
     pattern = causal()
     if config.window is not None:
         pattern &= window(config.window) | sinks(config.sinks) if config.sinks else window(config.window)
     carry = Selective(tau=config.carry.tau) if config.carry.kind == "selective" else None
-    return Attention(pattern=pattern, branches=branches_of(config.branches, trained), carry=carry)
+    parts, encoding = branches_of(config.branches, trained), encoding_asked(config.encoding)
+    if config.encoding.log_n is not None:
+        by = partial(LogN, config.encoding.log_n, least=config.encoding.least)
+        parts, encoding = tuple(replace(part, encoding=by(part.encoding)) for part in parts), None if parts else by(encoding)
+    return Attention(pattern=pattern, encoding=encoding, branches=parts, carry=carry)
+
+
+def encoding_asked(config: EncodingConfig) -> Any:
+    """The encoding without frequencies: the wrapped model gives its own. None stands for the rotary one."""
+    if config.kind == "none":
+        return Unturned()
+    return None if config.kind == "rotary" else Coca(strict=config.kind == "coca_strict")
 
 
 def branches_of(config: BranchesConfig, trained: int | None) -> branches.Branches:

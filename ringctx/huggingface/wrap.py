@@ -65,7 +65,8 @@ class Layer:
         recalled = self.context.recalled
         key = (scale, width, cap, dropout, recalled)
         if key not in self._made:
-            asked = replace(self.asked, pattern=Causal(), encoding=self.own, branches=(), select=None) if recalled else self.asked
+            encoding = self.own if self.asked.branches else self.asked.encoding
+            asked = replace(self.asked, pattern=Causal(), encoding=encoding, branches=(), select=None) if recalled else self.asked
             self._made[key] = replace(
                 asked,
                 pattern=asked.pattern & window(width) if width else asked.pattern,

@@ -19,6 +19,7 @@ from ringctx.core.attention import Attention
 from ringctx.core.branch import Branch
 from ringctx.core.rules import Chunks
 from ringctx.errors import ConfigError, Unsupported
+from ringctx.methods.encodings import LogN, turned
 from ringctx.methods.rotary import Rotary
 from ringctx.patterns import sinks, window
 
@@ -182,19 +183,18 @@ def rotated_by(attention: Attention, rotary: Rotary | None, *, anew: bool = Fals
     Raises Unsupported for a branch whose encoding is not rotary, which has no frequencies to be replaced.
     """
     if not attention.branches:
-        return replace(attention, encoding=rotary) if anew or attention.encoding is None else attention
+        encoding = turned(attention.encoding, rotary, anew=anew)
+        return attention if encoding is attention.encoding else replace(attention, encoding=encoding)
     return replace(attention, branches=tuple(_rotated(branch, rotary, anew) for branch in attention.branches))
 
 
 def _rotated(branch: Branch, rotary: Rotary | None, anew: bool) -> Branch:
     encoding = branch.encoding
-    if isinstance(encoding, Placed) and (anew or encoding.rotary is None):
-        return replace(branch, encoding=None if rotary is None else replace(encoding, rotary=rotary))
-    if not anew or encoding is None:
+    if encoding is None:
         return branch
-    if not isinstance(encoding, Rotary):
+    if anew and not isinstance(encoding, Rotary | Placed | LogN):
         raise Unsupported(f"The branch {branch} is not rotary, so it cannot turn by other frequencies; leave attention.positions out.")
-    return replace(branch, encoding=rotary)
+    return replace(branch, encoding=turned(encoding, rotary, anew=anew))
 
 
 def _whole(method: str, **numbers: int) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from ringctx.asked.attention import encoding_of
 from ringctx.asked.layers import layers_of
 from ringctx.config import Config
 from ringctx.config_training import ScratchConfig
 from ringctx.core.ring import Ring
 from ringctx.device import device_of, dtype_of
 from ringctx.errors import ConfigError
+from ringctx.huggingface import trained_of, turn
 from ringctx.huggingface.weights import checkpoint
 from ringctx.training.job import Job
 from ringctx.training.recompute import recompute
@@ -40,7 +42,10 @@ def job_of(config: Config, ring: Ring, vocabulary: int | None) -> Job:
     model = model.to(device=device, dtype=dtype)
     asked, training = layers_of(config.attention, model.config), config.training
     ways = {"transport": config.ring.transport, "kernel": config.ring.kernel, "layout": config.layout.kind}
+    known = trained_of(model) if config.positions.kind != "none" else None
     job = Job.on(ring, model, asked, tile=training.tile or None, **ways)
+    if known is not None:
+        turn(model, encoding_of(config.positions, known, training.context))
     if training.recompute:
         recompute(model, job.context, offload=training.offload)
     return job
