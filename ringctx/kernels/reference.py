@@ -97,6 +97,13 @@ class Reference:
 
 
 @torch.no_grad()
+def logits_by_rows(q: Tensor, k: Tensor, scores: TileScores) -> Iterator[tuple[slice, Tensor]]:
+    """The final logits (b h c k) of some rows after others, -inf where masked, in the accumulation dtype; q (b q h d), k (b k g d)."""
+    with torch.autocast(q.device.type, enabled=False):
+        tile = _Tile(q, k, scores)
+        yield from ((rows, tile.logits(rows)[0]) for rows in tile.chunks())
+
+
 def column_sums(q: Tensor, k: Tensor, lse: Tensor, scores: TileScores) -> Tensor:
     """What these rows give each key: sum over rows of exp(A - lse), (b h k) in the accumulation dtype.
 
