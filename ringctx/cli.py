@@ -263,6 +263,47 @@ def evaluate(
     return 0
 
 
+@ringctx.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--document", type=click.Path(path_type=Path), required=True, help="The text to read: .txt, or .gz of it.")
+@click.option("--tokens", type=int, help="Tokens of the text that are read; all by default.")
+@click.option("--rows", type=int, default=512, show_default=True, help="Tokens whose attention is measured, spread evenly.")
+@click.option("--selector", "selectors", multiple=True, help="A kind, or '{kind: a_shape, local: 1024}'; none for none. All by default.")
+@click.option("--out", type=click.Path(path_type=Path), help="A folder for the measures as JSON, and pictures (needs ringctx[plot]).")
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@click.pass_obj
+def inspect(
+    typed: Typed,
+    config: Path,
+    document: Path,
+    out: Path | None,
+    ranks: int | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+    selectors: tuple[str, ...],
+    **said: Any,
+) -> int:
+    """Measure a model's attention on a document, head by head: how many keys matter, how far they are, what selectors keep."""
+    from ringctx.tools import inspect as inspection
+
+    loaded = configuration.load(config, overrides)
+    asked = inspection.Asked(text=read_document(document), selectors=inspection.selectors_of(selectors), **said)
+    inspection.check(loaded, asked)
+    inspection.check_out(out)
+    if not launch.is_rank() and (ranks or 1) > 1:
+        return _launch(ranks or 1, loaded, typed)
+    with _ring(loaded, ranks, typed.level) as ring:
+        with inspection.bar(ring.rank == 0) as after_layer:
+            result = inspection.measure(loaded, ring, asked, after_layer)
+        if ring.rank == 0:
+            for path in inspection.write(result, out) if out else ():
+                click.echo(f"Wrote {path}.", err=True)
+            click.echo(json.dumps(result.json()) if as_json else inspection.text(result), nl=as_json)
+    return 0
+
+
 def read_document(path: Path) -> str:
     """The text of a .txt or .gz file. Raises ConfigError when it cannot be read or is empty."""
     try:

@@ -79,7 +79,7 @@ class Context:
     layout: where this call's tokens live; None while the ring is alone and the caller did not say, or during decode.
     documents: of a packed batch, who shares a document; it narrows what every layer was asked.
     after_layer: called with the layer's number when its attention is done (progress).
-    asked: called with each layer's number, queries (b s h d) before rotation, key heads and attention, before it is computed.
+    asked: called with each layer's number, queries (b s h d) and keys (b s g d) before rotation, and attention.
     recalled: the cache holds just what is to be seen, so what was asked for long texts (window, branches, selection) gives way.
     last_layer: this layer's keys are the last that are wanted: once they are cached, `KeysCached` ends the model's forward.
     evictor: drops keys of the cache, layer by layer, or None.
@@ -99,7 +99,7 @@ class Context:
     cache: Cache | None = None
     decoding: bool = False
     after_layer: Callable[[int], None] | None = None
-    asked: Callable[[int, Tensor, int, Attention], None] | None = None
+    asked: Callable[[int, Tensor, Tensor, Attention], None] | None = None
     recalled: bool = False
     last_layer: int | None = None
     evictor: Evictor | None = None
@@ -155,7 +155,7 @@ class Context:
         if self.documents is not None:
             attention = replace(attention, pattern=attention.pattern & self.documents)
         if self.asked:
-            self.asked(layer, q, k.shape[2], attention)
+            self.asked(layer, q, k, attention)
         is_wanted = layer != self.last_layer
         watched = Watched(attention.select) if attention.select is not None else None
         asked = replace(attention, select=watched) if watched else attention

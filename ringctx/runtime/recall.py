@@ -56,14 +56,14 @@ class Asking:
         """No later layer is listened to."""
         return max(layer for layer, _ in self.heads)
 
-    def hear(self, layer: int, q: Tensor, num_key_heads: int, attention: Attention) -> None:
-        """q (1 t h d), before rotation: some more tokens of the question."""
+    def hear(self, layer: int, q: Tensor, k: Tensor, attention: Attention) -> None:
+        """q (1 t h d) and k (1 t g d), before rotation: some more tokens of the question."""
         wanted = [head for head in self.heads if head[0] == layer]
         if wanted and attention.encoding is not None:
             q = attention.encoding.queries(q, torch.full((q.shape[1],), DISTANCE, device=q.device))
         for head in wanted:
             self._queries.setdefault(head, []).append(q[0, :, head[1]] * scale_of(attention, q.shape[-1]))
-            self._key_heads[head] = head[1] * num_key_heads // q.shape[2]
+            self._key_heads[head] = head[1] * k.shape[2] // q.shape[2]
 
     def logits(self, head: Head, k: Tensor) -> Tensor:
         """Keys k (1 n g d) before rotation -> (t n), in fp32."""

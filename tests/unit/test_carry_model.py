@@ -80,7 +80,7 @@ def test_without_a_cache_each_layer_says_its_memory_with_a_gradient():
     model = tiny().double()
     seen: dict[int, list[torch.Tensor]] = {}
     context = wrap(model, Ring.alone(), KINDS["whole"])
-    context.asked = lambda layer, q, heads, attention: seen.setdefault(layer, []).append(q)
+    context.asked = lambda layer, q, k, attention: seen.setdefault(layer, []).append(q)
     attend = context.attend
     context.attend = lambda layer, q, k, v, attention: (
         seen.setdefault(layer, []).append(dense(attention, q, k, v).memory) or attend(layer, q, k, v, attention)

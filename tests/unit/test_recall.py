@@ -52,7 +52,7 @@ def heard(config: RecallConfig = CONFIG) -> tuple[Asking, Tensor]:
     asking = Asking(config.heads)
     for part in (slice(0, 2), slice(2, 5)):
         for layer in range(2):
-            asking.hear(layer, queries[layer][None, part], 2, Attention(encoding=ROTARY))
+            asking.hear(layer, queries[layer][None, part], torch.zeros(1, 1, 2, 1), Attention(encoding=ROTARY))
     return asking, queries
 
 
