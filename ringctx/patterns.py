@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringctx.core.listed import Blocks, Documents
 from ringctx.core.pattern import Causal, Full, Pattern, group_heads
-from ringctx.core.rules import Dilated, Fixed, GlobalTokens, PerHead, Prefix, Sinks, Window, at_least, some
+from ringctx.core.rules import Band, Dilated, Fixed, GlobalTokens, PerHead, Prefix, Sinks, Window, at_least, some
 from ringctx.errors import ConfigError
 
 Integers = Sequence[Any] | Tensor
@@ -45,6 +45,11 @@ def sinks(n: int) -> Pattern:
 def prefix(n: int) -> Pattern:
     """j <= i or j < n: causal, but the first n tokens are seen by all (prefix-LM)."""
     return Prefix(n)
+
+
+def band(low: int, high: int) -> Pattern:
+    """low <= j - i <= high: keys from `low` to `high` ahead of the query, behind it where these are negative."""
+    return Band(low, high)
 
 
 def dilated(k: int) -> Pattern:

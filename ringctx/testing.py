@@ -61,6 +61,7 @@ class _Terms:
     params: tuple[tuple[Tensor, ...], ...]
     """For each additive score, its parameters."""
     sink: Tensor | None
+    normaliser: str
     carry: Any
     firsts: tuple[tuple[int, ...], ...]
     """For each row of the batch, or for all, the first token of each document; carries spare these."""
@@ -203,7 +204,7 @@ def _heads(terms: _Terms, views: list[_View], v: Tensor, heads: Tensor, taken: T
     # A row without any key has logits 0 here, so that no -inf meets a -inf; `where` then cuts it off from every gradient.
     logits = logits.masked_fill(~seen & alive, -torch.inf).where(alive, 0.0)
     lse = torch.logsumexp(logits, -1) if logits.shape[-1] else logits.new_zeros(logits.shape[:3])
-    weights = torch.softmax(logits, -1).where(seen, 0.0)[..., : v.shape[1]]
+    weights = (torch.softmax(logits, -1) if terms.normaliser == "softmax" else logits.exp()).where(seen, 0.0)[..., : v.shape[1]]
     if terms.dropout:
         from ringctx.core.dropout import keep
 
@@ -277,7 +278,9 @@ def _terms(attention: Attention, q: Tensor, i: Tensor, j: Tensor, seed: int | No
         from ringctx.core.carry import first_tokens
 
         firsts = first_tokens(attention.pattern)
-    return _Terms(scale, elementwise, additive, params, sink, attention.carry, firsts, attention.dropout, seed, batch, i, j)
+    return _Terms(
+        scale, elementwise, additive, params, sink, attention.normaliser, attention.carry, firsts, attention.dropout, seed, batch, i, j
+    )
 
 
 def _through(leaf: Tensor, encoded: Tensor, grad: Tensor) -> Tensor:
@@ -297,7 +300,7 @@ def _refuse(attention: Attention, seed: int | None) -> None:
     """Say which parts of this attention the oracle does not define."""
     parts = {"select": attention.select}
     wrong = [f"{name}={value!r}" for name, value in parts.items() if value]
-    if attention.normaliser != "softmax":
+    if attention.normaliser not in ("softmax", "sum"):
         wrong.append(f"normaliser={attention.normaliser!r}")
     if wrong:
         raise Unsupported(f"The dense oracle was asked for {', '.join(wrong)}; it defines everything but select and other normalisers.")

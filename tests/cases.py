@@ -24,7 +24,7 @@ from ringctx.methods import branches
 from ringctx.methods.branches import Branches
 from ringctx.methods.encodings import Coca, LogN
 from ringctx.methods.rotary import Rotary
-from ringctx.methods.scores import Alibi, DistanceBias, PairBias, Softcap
+from ringctx.methods.scores import Alibi, DistanceBias, PairBias, Softcap, SquaredRelu
 from ringctx.testing import Dense, dense, errors
 from tests.pool import Fold
 
@@ -56,7 +56,7 @@ BRANCHES: dict[str, Callable[[Rotary], Branches]] = {
 }
 SCORES = (
     *("none", "softcap", "alibi", "distance", "pair", "sink", "dropout", "rotary", "scale", "all"),
-    *("coca", "coca_strict", "log_n", "log_n_rerope"),
+    *("coca", "coca_strict", "log_n", "log_n_rerope", "summed", "squared_relu"),
     *BRANCHES,
     "branches_all",
 )
@@ -180,6 +180,7 @@ PATTERNS: dict[str, Callable[[int, int, int], Pattern]] = {
     "causal&ids": lambda n, h, b: p.causal() & p.documents(ids=_ids(n, b)),
     "prefix11": lambda n, h, b: p.prefix(11),
     "dilated3": lambda n, h, b: p.dilated(3),
+    "band": lambda n, h, b: p.band(-9, 4),
     "causal&dilated4": lambda n, h, b: p.causal() & p.dilated(4),
     "strided8": lambda n, h, b: p.strided(8),
     "fixed8,2": lambda n, h, b: p.fixed(8, 2),
@@ -261,6 +262,8 @@ def _attention(case: Case, n: int, normal: Callable[..., Tensor]) -> Attention:
             return Attention(pattern=pattern, dropout=0.3)
         case "rotary":
             return Attention(pattern=pattern, encoding=rotary)
+        case "coca" | "coca_strict" if case.widths[0] % 2:  # it pairs all dims
+            return Attention(pattern=pattern, encoding=rotary)
         case "coca" | "coca_strict":
             whole = Rotary(tuple(2.0**-x for x in range(2, 2 + case.widths[0] // 2)))
             return Attention(pattern=pattern, encoding=Coca(case.scores == "coca_strict", whole))
@@ -269,6 +272,10 @@ def _attention(case: Case, n: int, normal: Callable[..., Tensor]) -> Attention:
         case "log_n_rerope":
             by_branch = tuple(Branch(b.pattern, LogN(9, b.encoding, 0.0)) for b in BRANCHES["rerope"](rotary))
             return Attention(pattern=pattern, branches=by_branch)
+        case "summed":
+            return Attention(pattern=pattern, normaliser="sum", encoding=rotary)
+        case "squared_relu":
+            return Attention(pattern=pattern, normaliser="sum", scores=(SquaredRelu(0.1),))
         case "scale":
             return Attention(pattern=pattern, scale=0.45)
         case "all" | "branches_all":

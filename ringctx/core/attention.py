@@ -60,6 +60,7 @@ class Attention:
     carry: a Carry, such as ringctx.methods.selective.Selective(): what earlier queries gave to a key is subtracted from its logits.
     scores: elementwise ones (a softcap) first, then additive ones.  sink: Tensor (h,), one more logit per head without a value.
     select: a Selector, which narrows the pattern to what its encoded queries and keys make worth attending to; inference alone.
+    normaliser: "softmax", or "sum": weights exp(logit) that are summed as they are, divided by nothing.
     dropout: probability of dropping each weight.  scale: of the logits; 1/sqrt(d) when None.
     Raises ConfigError when the order of scores or the dropout cannot be right, Unsupported for what is not built yet.
     """
@@ -76,8 +77,7 @@ class Attention:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.normaliser != "softmax":
-            raise Unsupported(f"The normaliser {self.normaliser!r} is not built yet; 'softmax' is.")
+        self._check_normaliser()
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must lie in 0 <= p < 1; got {self.dropout}.")
         if not isinstance(self.pattern, Pattern):
@@ -95,6 +95,15 @@ class Attention:
             raise ConfigError("Scores run in the order elementwise (softcap), then additive (ALiBi, bias); list them so.")
         if self.sink is not None and self.sink.dim() != 1:
             raise ConfigError(f"sink must have one logit per query head, shape (h,); got {tuple(self.sink.shape)}.")
+
+    def _check_normaliser(self) -> None:
+        if self.normaliser not in ("softmax", "sum"):
+            raise ConfigError(f"The normaliser {self.normaliser!r} is not known; there are 'softmax' and 'sum'.")
+        for name in ("sink", "carry", "select"):
+            if self.normaliser == "sum" and getattr(self, name) is not None:
+                raise Unsupported(
+                    f"normaliser='sum' divides weights by nothing, and {name} is defined by what they are divided by; leave it out."
+                )
 
     def _check_branches(self) -> None:
         if not all(isinstance(branch, Branch) for branch in self.branches):
@@ -160,7 +169,7 @@ class Attention:
         branches = ", ".join(f"{b.pattern!r} by {_content(b.encoding)}" for b in self.branches)
         select = None if self.select is None else described(self.select)
         parts = f"{self.pattern!r}, branches ({branches}), carry {self.carry!r}, scores {scores}, sink {sink}, select {select}"
-        return f"{parts}, dropout {self.dropout!r}, scale {self.scale!r}"
+        return f"{parts}, normaliser {self.normaliser}, dropout {self.dropout!r}, scale {self.scale!r}"
 
     def __str__(self) -> str:
         says = lambda s: str(s) if _prints(s, "__str__") else described(s)
@@ -169,6 +178,7 @@ class Attention:
         parts += [] if self.carry is None else [str(self.carry)]
         parts += [] if self.select is None else [f"select {self.select}"]
         parts += ["sink"] * (self.sink is not None) + [f"dropout {self.dropout}"] * (self.dropout > 0)
+        parts += ["summed"] * (self.normaliser == "sum")
         parts += [f"scale {self.scale}"] * (self.scale is not None)
         return ", ".join(parts)
 
@@ -203,5 +213,12 @@ def _prints(score: object, method: str) -> bool:
 
 
 def scale_of(attention: Attention, width: int) -> float:
-    """The factor on q.k for keys of this width."""
-    return cast(float, attention.scale if attention.scale is not None else width**-0.5)
+    """The factor on q.k for keys of this width; those of width 0 have logits from scores alone."""
+    return cast(float, attention.scale if attention.scale is not None else max(width, 1) ** -0.5)
+
+
+def finished(attention: Attention, out: Tensor, lse: Tensor) -> Tensor:
+    """What comes of softmax's out (b s h e) and lse (b s h) under the attention's normaliser: with `sum`, weights undivided."""
+    if attention.normaliser == "softmax":
+        return out
+    return (out.to(lse.dtype) * lse.exp()[..., None]).to(out.dtype)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringctx.core.attention import Attention
+from ringctx.core.attention import Attention, finished
 from ringctx.core.call import Call, start_problem
 from ringctx.core.carried import CarriedWork, Meeting, strips
 from ringctx.core.carry import Chunk, carry_problem
@@ -84,7 +84,8 @@ def decode_with_lse(
         totals = work.empty(q, v.shape[3])
         if keys:
             _attend(work, totals, q, rows, k, v, keys)
-        return work.whole(_reduce(ring, totals), q, v.shape[3])
+        out, lse = work.whole(_reduce(ring, totals), q, v.shape[3])
+        return finished(attention, out, lse), lse
 
 
 def _decode_carried(

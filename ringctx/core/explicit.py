@@ -57,6 +57,10 @@ def encode_at(encoding: Encoding, k: Tensor, indices: Tensor) -> Tensor:
 
 def refuse(attention: Attention) -> None:
     """Raise Unsupported for what is not defined on keys at explicit indices."""
+    if attention.normaliser != "softmax":
+        raise Unsupported(
+            "Keys at explicit indices are weighed by softmax; evict nothing (cache.evict.kind: none), or leave normaliser out."
+        )
     for name in ("branches", "select", "dropout"):
         if getattr(attention, name):
             raise Unsupported(

@@ -122,6 +122,34 @@ class Dilated(Pattern):
 
 
 @dataclass(frozen=True)
+class Band(Pattern):
+    """low <= j - i <= high."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ConfigError(f"band was asked from {self.low} to {self.high}; it goes from the lower distance j - i to the higher.")
+
+    def allows(self, i: Tensor, j: Tensor) -> Tensor:
+        ahead = j - i[:, None]
+        return (ahead >= self.low) & (ahead <= self.high)
+
+    def judge(self, q: range, k: range) -> Verdict:
+        least, most = k[0] - q[-1], k[-1] - q[0]
+        if least >= self.low and most <= self.high:
+            return FULL
+        if most < self.low or least > self.high:
+            return EMPTY
+        aligned = len(q) == len(k) and q.step == k.step and k[0] - q[0] == self.high and least >= self.low
+        return CAUSAL if aligned else PARTIAL
+
+    def __str__(self) -> str:
+        return f"band({self.low}, {self.high})"
+
+
+@dataclass(frozen=True)
 class Chunks(Pattern):
     """i // size - j // size < count."""
 

@@ -182,7 +182,7 @@ class _Tile:
     def ungroup_heads(self, x: Tensor) -> Tensor:
         """(b g h/g*c x) -> (b h c x)."""
         b, h = self.shape[:2]
-        return x.reshape(b, h, -1, x.shape[-1])
+        return x.reshape(b, h, x.shape[1] * x.shape[2] // h, x.shape[3])
 
     def ungroup(self, x: Tensor) -> Tensor:
         """(b g h/g*c x) -> (b c h x)."""

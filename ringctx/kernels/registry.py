@@ -33,12 +33,19 @@ def choose(call: Call, name: str = "auto") -> Kernel:
     """
     refusals: list[str] = []
     for kernel in REGISTRY if name == "auto" else (_named(name),):
-        reason = kernel.why_not(call)
+        reason = _why_not(kernel, call)
         if reason is None:
             log.info("%s computes %s%s", kernel.name, call, "".join(f"; not {line}" for line in refusals))
             return kernel
         refusals.append(f"{kernel.name}: {reason}")
     raise Unsupported("\n  ".join([f"no kernel for {call}", *refusals, _advice(call, name)]))
+
+
+def _why_not(kernel: Kernel, call: Call) -> str | None:
+    """Heads of width 0, whose logits are scores alone, are for the one kernel that multiplies nothing by nothing."""
+    if not min(call.d, call.e) and kernel.name != "reference":
+        return "multiplies heads of width 1 or more"
+    return kernel.why_not(call)
 
 
 def names() -> tuple[str, ...]:
@@ -58,7 +65,7 @@ def _named(name: str) -> Kernel:
 def _advice(call: Call, name: str) -> str:
     if name == "auto":
         return "Cast the tensors to float32 or bfloat16."
-    takers = [kernel for kernel in REGISTRY if kernel.why_not(call) is None]
+    takers = [kernel for kernel in REGISTRY if _why_not(kernel, call) is None]
     if not takers:
         return "Cast the tensors to float32 or bfloat16."
     slowly = " to run it slowly" if takers[0].name == "reference" else ""

@@ -19,8 +19,8 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tens
 
 
 def is_empty(*tensors: Tensor) -> bool:
-    """True if any tensor has no element; a fused kernel must then not be called (aten's kills the process)."""
-    return any(x.numel() == 0 for x in tensors)
+    """True if any tensor (b n h d) has no batch, token or head; a fused kernel must then not be called (aten's kills the process)."""
+    return any(0 in x.shape[:3] for x in tensors)
 
 
 def nothing_seen(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ class Coca:
 
     def queries(self, q: Tensor, positions: Tensor) -> Tensor:
         """q (b s h d), positions (s,) or (b, s) -> (b s h d)."""
+        self._check(q)
         if not self.strict:
             return q * self._turn(q, positions)
         first, second = q.chunk(2, dim=-1)
@@ -42,17 +43,21 @@ class Coca:
 
     def keys(self, k: Tensor, positions: Tensor) -> Tensor:
         """k (b s g d), what the key projection gives, positions (s,) or (b, s) -> (b s g d)."""
+        self._check(k)
         first, second = k.chunk(2, dim=-1)
         t = ((first + second) / 2).relu()
         return self._turn(torch.cat((t, torch.zeros_like(t) if self.strict else t), -1), positions)
 
     def _turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        assert self.rotary is not None
+        return self.rotary.rotate(x, positions)
+
+    def _check(self, x: Tensor) -> None:
         if self.rotary is None or self.rotary.width != x.shape[-1]:
             has = "none" if self.rotary is None else f"of {self.rotary.width} dims"
             raise ConfigError(
                 f"CoCA turns all {x.shape[-1]} dims of a head, and the rotary encoding here is {has}; give one of {x.shape[-1]} dims."
             )
-        return self.rotary.rotate(x, positions)
 
     def __str__(self) -> str:
         return "coca, strict" if self.strict else "coca"

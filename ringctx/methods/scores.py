@@ -61,6 +61,31 @@ class Softcap:
 
 
 @dataclass(frozen=True)
+class SquaredRelu:
+    """log(factor relu(x)^2): with Attention(normaliser="sum") the weights of GAU, squared logits where these are positive, else 0.
+
+    factor: such as 1 / n for n tokens (Hua et al. 2022, FLASH, arXiv 2202.10447, equation 4). Elementwise.
+    """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and math.isfinite(self.factor)):
+            raise ConfigError(f"SquaredRelu was asked with factor {self.factor}; it is positive and finite, such as 1 / n.")
+
+    def apply(self, logits: Tensor) -> Tensor:
+        seen = logits > 0
+        return torch.where(seen, 2 * logits.where(seen, 1.0).log() + math.log(self.factor), -math.inf)
+
+    def derivative(self, logits: Tensor) -> Tensor:
+        seen = logits > 0
+        return torch.where(seen, 2 / logits.where(seen, 1.0), 0.0)
+
+    def __str__(self) -> str:
+        return f"squared relu x {self.factor:g}"
+
+
+@dataclass(frozen=True)
 class Alibi:
     """-slope |i - j|, one slope a query head, fixed. Additive, without parameters."""
 

@@ -14,6 +14,7 @@ from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Causal, Pattern, 
 from ringctx.core.rules import Chunks
 from ringctx.errors import ConfigError, LayoutError
 from ringctx.patterns import (
+    band,
     blocks,
     causal,
     dilated,
@@ -45,6 +46,7 @@ STOCK = [
     *(sinks(n) for n in (0, 1, 4, 12, 99)),
     *(prefix(n) for n in (0, 1, 2, 5, 12)),
     *(dilated(k) for k in (1, 2, 3, 5, 20)),
+    *(band(low, high) for low, high in ((0, 0), (-3, 2), (-7, -4), (2, 5), (-30, 30))),
     *(Chunks(size, count) for size, count in ((1, 1), (3, 1), (3, 2), (5, 2), (4, 9), (20, 1))),
     *(strided(l) for l in (1, 2, 3, 4, 20)),
     *(fixed(l, c) for l, c in ((1, 1), (2, 1), (3, 2), (4, 1), (4, 3), (5, 5), (20, 2))),
