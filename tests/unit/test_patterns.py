@@ -13,21 +13,9 @@ from ringctx.core.lines import Lines
 from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Causal, Pattern, Verdict
 from ringctx.core.rules import Chunks
 from ringctx.errors import ConfigError, LayoutError
-from ringctx.patterns import (
-    band,
-    blocks,
-    causal,
-    dilated,
-    documents,
-    fixed,
-    full,
-    global_tokens,
-    per_head,
-    prefix,
-    sinks,
-    strided,
-    window,
-)
+from ringctx.patterns import band, blocks, causal, dilated, documents, fixed, full  # isort: split
+
+from ringctx.patterns import global_tokens, per_head, prefix, sinks, strided, window
 
 S = 12
 INDEX = torch.arange(S)

@@ -39,6 +39,7 @@ PUBLIC = {
     "ring_sdpa",
 }
 PATTERNS = {
+    "band",
     "blocks",
     "causal",
     "dilated",
