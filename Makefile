@@ -65,7 +65,7 @@ imports: $(READY)
 
 unit: $(READY)
 	$(call say,'tests/unit')
-	@$(TESTS) -m 'not slow and not gpu' tests/unit $(ARGS)
+	@$(TESTS) -m 'not slow and not gpu' -n auto tests/unit $(ARGS)
 
 ranks: $(READY) ## tests on a pool of gloo ranks
 	$(call say,'tests/ranks')

@@ -160,7 +160,7 @@ class Attention:
         """Equal for attentions that differ only in the numbers inside their tensors."""
         scores = tuple(described(s) if _has_params(s) else s for s in self.scores)
         sink = None if self.sink is None else tuple(self.sink.shape)
-        return (self.pattern, tuple(b.content for b in self.branches), self.carry, scores, sink, self.dropout, self.scale)
+        return (self.pattern, tuple(b.content for b in self.branches), self.carry, scores, sink, self.normaliser, self.dropout, self.scale)
 
     def text(self) -> str:
         """The same on every rank for equal keys, and different for different ones, as far as patterns and scores print their content."""
@@ -218,7 +218,7 @@ def scale_of(attention: Attention, width: int) -> float:
 
 
 def finished(attention: Attention, out: Tensor, lse: Tensor) -> Tensor:
-    """What comes of softmax's out (b s h e) and lse (b s h) under the attention's normaliser: with `sum`, weights undivided."""
+    """What comes of softmax's out (b s h e), or its gradient, with lse (b s h) under the normaliser: with `sum`, weights undivided."""
     if attention.normaliser == "softmax":
         return out
     return (out.to(lse.dtype) * lse.exp()[..., None]).to(out.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ringctx.core import loop, pass_q, relay
-from ringctx.core.attention import Attention
+from ringctx.core.attention import Attention, finished
 from ringctx.core.carried import CarriedWork
 from ringctx.core.carry import carry_problem
 from ringctx.core.choose import TRANSPORTS, Choice, Shape, choose
@@ -298,8 +298,10 @@ def _forward(call: Call, route: Route, work: Work, q: Tensor, k: Tensor, v: Tens
 
 def _run_forward(work: Work, route: Route, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(route.plan, pass_q.QueryPlan):
-        return pass_q.forward(work, route.plan, route.inner, route.layout, route.key_layout, q, k, v)
-    return loop.forward(work, route.plan, route.inner, route.layout.spans[route.plan.rank], q, k, v)
+        out, lse = pass_q.forward(work, route.plan, route.inner, route.layout, route.key_layout, q, k, v)
+    else:
+        out, lse = loop.forward(work, route.plan, route.inner, route.layout.spans[route.plan.rank], q, k, v)
+    return finished(work.attention, out, lse), lse
 
 
 def backward(
@@ -348,6 +350,8 @@ def backward(
 def _run_backward(
     work: Work, route: Route, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Sum, Sum, Sum]:
+    if work.attention.normaliser == "sum":  # dA = exp(A - lse) dout'.v with dout' = exp(lse) dout: no dout.out is taken off, so out is 0
+        dout, out = finished(work.attention, dout, lse), torch.zeros_like(out)
     if isinstance(route.plan, pass_q.QueryPlan):
         return pass_q.backward(work, route.plan, route.inner, route.layout, route.key_layout, dout, dlse, q, k, v, out, lse)
     return loop.backward(work, route.plan, route.inner, route.layout.spans[route.plan.rank], dout, dlse, q, k, v, out, lse)
