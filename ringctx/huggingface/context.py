@@ -142,7 +142,7 @@ class Context:
         before = (self.layout, self.documents, self.cache, self.decoding, self.is_running)
         self.layout, self.documents, self.cache, self.decoding, self.is_running = layout, documents, cache, decoding, True
         try:
-            with collective("a sum over rows of weights (tensor parallel)" if self.parts > 1 else "gathering weights"):
+            with collective("a sum over ranks with other parts of the same weights" if self.parts > 1 else "gathering weights"):
                 yield self
         finally:
             self.layout, self.documents, self.cache, self.decoding, self.is_running = before
