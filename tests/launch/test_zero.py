@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,49 +28,64 @@ def zero(folder: Path, ranks: int, *runs: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_parts_of_a_batch_whose_gradients_accumulate_count_by_their_labels(tmp_path: Path) -> None:
-    want = loop.train(config(tmp_path / "alone", "training.save_every=4"), Ring.alone())
+HALF = {name: ROOT / "configs" / "deepspeed" / f"{name}.json" for name in ("zero2_bf16", "zero3_offload")}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two ranks, begun together: an engine takes seconds to import. stage*: cut off; parts*: whole; of half precision, both."""
+    folder: Path = tmp_path_factory.mktemp("zero")
+    runs = []
+    for stage in range(4):
+        (folder / f"{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        parts = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 2}
+        (folder / f"parts{stage}.json").write_text(json.dumps(parts))
+        runs += [f"{folder / f'stage{stage}'}:{folder / f'{stage}.json'}:5"]
+    runs += [f"{folder / f'parts{stage}'}:{folder / f'parts{stage}.json'}:8" for stage in (0, 2, 3)]
+    runs += [f"{folder / f'{name}-{end}'}:{file}:{end}" for name, file in HALF.items() for end in (8, 5)]
+    zero(folder, 2, *runs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def want(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process says without DeepSpeed."""
+    return loop.train(config(tmp_path_factory.mktemp("alone"), "training.save_every=4"), Ring.alone())
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def test_parts_of_a_batch_whose_gradients_accumulate_count_by_their_labels(begun: Path, want: dict[str, Any]) -> None:
     for stage in (0, 2, 3):
-        file = tmp_path / f"{stage}.json"
-        file.write_text(json.dumps({"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": 2}))
-    zero(tmp_path, 2, *(f"{tmp_path / f'parts{stage}'}:{tmp_path / f'{stage}.json'}:8" for stage in (0, 2, 3)))
-    for stage in (0, 2, 3):
-        found = json.loads((tmp_path / f"parts{stage}" / "result.json").read_text())
         for what in ("loss", "grad_norm", "memory_loss"):
-            assert found[what] == pytest.approx(want[what], rel=1e-5), (stage, what)
+            assert found_in(begun / f"parts{stage}")[what] == pytest.approx(want[what], rel=1e-5), (stage, what)
 
 
-def test_runs_in_bfloat16_keep_float32_weights_and_go_on_as_if_they_had_not_been_cut_off(tmp_path: Path) -> None:
-    want = loop.train(config(tmp_path / "alone", "training.save_every=4"), Ring.alone())
-    files = {name: ROOT / "configs" / "deepspeed" / f"{name}.json" for name in ("zero2_bf16", "zero3_offload")}
-    zero(tmp_path, 2, *(f"{tmp_path / f'{name}-{end}'}:{file}:{end}" for name, file in files.items() for end in (8, 5)))
-    weights = [load_file(tmp_path / f"{name}-5" / "step-4" / "model.safetensors") for name in files]
+def test_runs_in_bfloat16_keep_float32_weights_and_go_on_as_if_they_had_not_been_cut_off(begun: Path, want: dict[str, Any]) -> None:
+    weights = [load_file(begun / f"{name}-5" / "step-4" / "model.safetensors") for name in HALF]
     assert all(x.dtype == torch.float32 for of_run in weights for x in of_run.values())
     assert not any(torch.equal(x, x.bfloat16().float()) for of_run in weights for x in of_run.values() if x.dim() > 1)
-    zero(tmp_path, 2, *(f"{tmp_path / f'{name}-5'}:{file}:8" for name, file in files.items()))
-    for name in files:
-        whole, cut = (json.loads((tmp_path / f"{name}-{end}" / "result.json").read_text())["loss"] for end in (8, 5))
+    zero(begun, 2, *(f"{begun / f'{name}-5'}:{file}:8" for name, file in HALF.items()))
+    for name in HALF:
+        whole, cut = (found_in(begun / f"{name}-{end}")["loss"] for end in (8, 5))
         assert cut == pytest.approx(whole, rel=1e-6), name
         assert whole == pytest.approx(want["loss"], rel=2e-2) and whole != pytest.approx(want["loss"], rel=1e-6), name
 
 
-def test_runs_at_every_stage_go_on_from_each_other_on_any_number_of_ranks(tmp_path: Path) -> None:
-    want = loop.train(config(tmp_path / "alone", "training.save_every=4"), Ring.alone())
-    files = {}
+def test_runs_at_every_stage_go_on_from_each_other_on_any_number_of_ranks(begun: Path, want: dict[str, Any]) -> None:
     for stage in range(4):
-        files[stage] = tmp_path / f"{stage}.json"
-        files[stage].write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    zero(tmp_path, 2, *(f"{tmp_path / f'two{stage}'}:{file}:5" for stage, file in files.items()))
-    for stage in files:
-        assert checkpoint.newest(tmp_path / f"two{stage}") == tmp_path / f"two{stage}" / "step-4"
+        assert checkpoint.newest(begun / f"stage{stage}") == begun / f"stage{stage}" / "step-4"
         for ranks in (1, 4):
-            shutil.copytree(tmp_path / f"two{stage}", tmp_path / f"from{stage}on{ranks}")
-    shutil.copytree(tmp_path / "two3", tmp_path / "plain")
+            shutil.copytree(begun / f"stage{stage}", begun / f"from{stage}on{ranks}")
+    shutil.copytree(begun / "stage3", begun / "plain")
     other = {0: 1, 1: 3, 2: 2, 3: 0}  # each stage goes on at another
     for ranks in (1, 4):
-        zero(tmp_path, ranks, *(f"{tmp_path / f'from{a}on{ranks}'}:{files[b]}:8" for a, b in other.items()))
-    loop.train(config(tmp_path / "plain", "training.save_every=4"), Ring.alone())
-    for folder in (*(f"from{stage}on{ranks}" for stage in files for ranks in (1, 4)), "plain"):
-        found = json.loads((tmp_path / folder / "result.json").read_text())
+        zero(begun, ranks, *(f"{begun / f'from{a}on{ranks}'}:{begun / f'{b}.json'}:8" for a, b in other.items()))
+    loop.train(config(begun / "plain", "training.save_every=4"), Ring.alone())
+    for folder in (*(f"from{stage}on{ranks}" for stage in range(4) for ranks in (1, 4)), "plain"):
+        found = found_in(begun / folder)
         assert found["loss"] == pytest.approx(want["loss"], rel=1e-5), folder
         assert found["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5), folder

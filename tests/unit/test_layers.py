@@ -289,11 +289,14 @@ def test_keys_that_were_evicted_are_not_attended_by_branches_of_a_layer():
 def test_the_blocks_that_the_documentation_shows_are_read():
     page = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
     *shown, pruned = (parse(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.S))
-    last, fourth, duo = (by_layer(config.attention, 30, 9) for config in shown)
+    last, fourth, unturned, duo = (by_layer(config.attention, 30, 9) for config in shown)
     assert pruned.cache.evict.budgets == (64,) and pruned.carries
     windowed = AttentionConfig(window=1024, sinks=4)
     assert [parts[0][1] == WHOLE for parts in last.values()] == [False] * 29 + [True]
     assert [layer for layer, parts in fourth.items() if parts[0][1] == WHOLE] == [*range(0, 30, 4)]
+    assert [parts[0][1].encoding.kind for parts in unturned.values()] == ["rotary"] * 29 + ["none"] and unturned[29][0][
+        1
+    ].encoding.log_n == 512
     assert duo[0] == (((0, 1, 2, 3, 4, 5), windowed), ((6, 7, 8), WHOLE))
     assert duo[2] == (((0, 1, 2, 6, 7, 8), windowed), ((3, 4, 5), WHOLE))
     assert duo[4] == ((tuple(range(9)), WHOLE),)
