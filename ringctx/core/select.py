@@ -50,6 +50,8 @@ class Selector(Protocol):
     """Whether it selects in `ring_attention`; where it does not, attention stays dense."""
     decode: bool
     """Whether it selects in `decode_attention`."""
+    trains: bool
+    """Whether models are trained with it: gradients flow through what was chosen, and none through the choice."""
 
     def select(self, q: Tensor, k: Tensor, sight: Sight) -> Pattern:
         """q (s h d) and k (n g d) of this rank, encoded -> who may see whom. All ranks call it together and exchange what they must."""
@@ -60,7 +62,7 @@ def select_problem(attention: Attention, q: Tensor, length: int, train: bool) ->
     if attention.select is None:
         return None
     name = repr(attention.select).partition("(")[0]
-    if train:
+    if train and not attention.select.trains:
         return Unsupported(f"{name} selects for inference and has no backward; call it under torch.no_grad(), or train without select.")
     if q.shape[0] != 1:
         return Unsupported(f"{name} selects for one sequence, and q has a batch of {q.shape[0]}; call it for each row by itself.")

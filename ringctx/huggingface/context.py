@@ -338,7 +338,7 @@ class Watched:
     """A selector that remembers what it chose, and passes for the one inside."""
 
     def __init__(self, selector: Selector) -> None:
-        self.selector, self.prefill, self.decode = selector, selector.prefill, selector.decode
+        self.selector, self.prefill, self.decode, self.trains = selector, selector.prefill, selector.decode, selector.trains
         self.chosen: Pattern | None = None
 
     def select(self, q: Tensor, k: Tensor, sight: Sight) -> Pattern:

@@ -19,6 +19,8 @@ KEPT = 4
 class Rotary:
     """Rotate dims (p, p + w/2) of the first w by `position * frequencies[p]`; leave the others alone. w = 2 * len(frequencies).
 
+    interleaved: rotate dims (2p, 2p + 1) instead, as RoFormer's paper has it and GPT-J's code.
+
     Law: the product of a query and a key depends on the difference of their positions alone.
     frequencies: radians a position; float32 values, as Hugging Face's `inv_freq`, so that fp32 results are the same bit for bit.
     scaling: what cos and sin are multiplied by (YaRN's attention factor).
@@ -26,6 +28,7 @@ class Rotary:
 
     frequencies: tuple[float, ...]
     scaling: float = 1.0
+    interleaved: bool = False
     _memo: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -53,10 +56,11 @@ class Rotary:
         """x (b s h d) turned by its positions, or back; computed in float32 at least, returned in x's dtype."""
         cos, sin = self.tables(positions, torch.promote_types(x.dtype, torch.float32))
         sin = -sin if back else sin
-        turned, rest = x[..., : self.width], x[..., self.width :]
-        first, second = turned.chunk(2, dim=-1)
-        parts = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
-        return torch.cat([*parts, rest] if rest.shape[-1] else parts, dim=-1)
+        if not self.interleaved:
+            return turn(x, cos, sin)
+        pairs, rest = x[..., : self.width].unflatten(-1, (-1, 2)), x[..., self.width :]
+        turned = turn(pairs.mT.flatten(-2), cos, sin).unflatten(-1, (2, -1)).mT.flatten(-2)
+        return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin, ((b,) s 1 w/2). The last few are kept, because all layers ask for the same positions, visit by visit."""
@@ -72,6 +76,15 @@ class Rotary:
         if not torch.compiler.is_compiling():
             self._memo[key] = [(positions, cos, sin), *self._memo.get(key, ())][:KEPT]
         return cos, sin
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (b s h d) with its first w dims turned in pairs (p, p + w/2) by cos and sin ((b,) s 1 w/2), in their dtype; returned in x's."""
+    width = 2 * cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    parts = [(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype)]
+    return torch.cat([*parts, rest] if rest.shape[-1] else parts, dim=-1)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -123,7 +123,7 @@ def _refusals(ring: Any) -> list[str]:
     layout = Layout.contiguous(12, ring.size)
     q, k, v = (layout.shard(x, ring.rank) for x in inputs(12))
     calls = [
-        (q.clone().requires_grad_(), k, v, Attention(select=Moba(2, 4))),
+        (q.clone().requires_grad_(), k, v, Attention(select=XAttention(0.9, 4, 8))),
         (*(x.expand(2, -1, -1, -1) for x in (q, k, v)), Attention(select=Moba(2, 4))),
         (q, k, v, Attention(pattern=full(), select=Moba(2, 4))),
         (q, k, v, Attention(select=Moba(2, 4 + ring.rank))),
@@ -142,7 +142,7 @@ def test_what_cannot_be_selected_is_refused_before_anything_moves(pool: Pool) ->
     first, second = pool.run(_refusals, size=2)
     assert first == second
     training, batch, ahead, differ = first
-    assert training.startswith("Moba selects for inference and has no backward; call it under torch.no_grad()")
+    assert training.startswith("XAttention selects for inference and has no backward; call it under torch.no_grad()")
     assert batch.startswith("Moba selects for one sequence, and q has a batch of 2")
     assert ahead.startswith("Moba selects among the keys before a query, and full looks ahead")
     assert "attention is" in differ and "select Moba" in differ

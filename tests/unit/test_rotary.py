@@ -61,3 +61,13 @@ def test_it_is_equal_by_content_and_differentiable():
     assert hash(Rotary((1.0, 0.5))) == hash(Rotary((1.0, 0.5))) and Rotary((1.0,)) != Rotary((2.0,))
     x = torch.randn(1, 3, 1, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: Rotary((1.0, 0.5)).keys(x, torch.arange(3)), x)
+
+
+def test_interleaved_pairs_are_products_of_complex_numbers():
+    rotary, x, at = Rotary((1.0, 0.3, 0.01), 1.1, interleaved=True), torch.randn(2, 9, 3, 8, dtype=torch.float64), torch.arange(5, 14)
+    turns = torch.polar(torch.full((9, 3), 1.1, dtype=torch.float64), at[:, None] * torch.tensor(rotary.frequencies).double())
+    want = torch.view_as_real(torch.view_as_complex(x[..., :6].unflatten(-1, (3, 2))) * turns[:, None]).flatten(-2)
+    turned = rotary.queries(x, at)
+    assert_close(turned, torch.cat((want, x[..., 6:]), -1), atol=1e-6, rtol=0)
+    assert_close(rotary.queries_grad(turned, at)[..., :6], 1.1**2 * x[..., :6], atol=1e-9, rtol=1e-9)
+    assert torch.equal(turned[..., 6:], x[..., 6:])

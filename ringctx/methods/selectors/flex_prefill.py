@@ -36,6 +36,7 @@ class FlexPrefill:
     block: int = 128
     prefill = True
     decode = False
+    trains = False
 
     def __post_init__(self) -> None:
         at_least_one("FlexPrefill", least=self.least, block=self.block)

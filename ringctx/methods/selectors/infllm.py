@@ -37,6 +37,7 @@ class Representatives:
     local: int = 1024
     prefill = True
     decode = True
+    trains = False
 
     def __post_init__(self) -> None:
         at_least_one("Representatives", blocks=self.blocks, block=self.block, representatives=self.representatives)

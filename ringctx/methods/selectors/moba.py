@@ -19,13 +19,15 @@ from ringctx.methods.selectors.summaries import at_least_one, block_means, large
 class Moba:
     """Per head and query: `blocks` blocks of keys, its own always and counted, the others by q . mean(k) among those before it.
 
-    A row of bits for each query and head travels, one bit a key block. The gate has no gradient here. Raises ConfigError.
+    A row of bits for each query and head travels, one bit a key block. Models are trained with it, as in the
+    paper: the gate has no gradient. Raises ConfigError.
     """
 
     blocks: int = 12
     block: int = 4096
     prefill = True
     decode = True
+    trains = True
 
     def __post_init__(self) -> None:
         at_least_one("Moba", blocks=self.blocks, block=self.block)

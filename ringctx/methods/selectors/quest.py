@@ -28,6 +28,7 @@ class Quest:
     page: int = 16
     prefill = False
     decode = True
+    trains = False
 
     def __post_init__(self) -> None:
         at_least_one("Quest", pages=self.pages, page=self.page)

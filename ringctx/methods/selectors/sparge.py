@@ -36,6 +36,7 @@ class Sparge:
     smooth: bool = False
     prefill = True
     decode = False
+    trains = False
 
     def __post_init__(self) -> None:
         at_least_one("Sparge", block_q=self.block_q, block_k=self.block_k)

@@ -39,6 +39,7 @@ class VerticalSlash:
     tile: int = 64
     prefill = True
     decode = False
+    trains = False
 
     def __post_init__(self) -> None:
         at_least_one("VerticalSlash", verticals=self.verticals, slashes=self.slashes, last=self.last, tile=self.tile)
@@ -66,6 +67,7 @@ class AShape:
     local: int = 800
     prefill = True
     decode = True
+    trains = False
 
     def __post_init__(self) -> None:
         at_least_one("AShape", initial=self.initial, local=self.local)

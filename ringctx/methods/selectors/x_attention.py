@@ -33,6 +33,7 @@ class XAttention:
     block: int = 128
     prefill = True
     decode = False
+    trains = False
 
     def __post_init__(self) -> None:
         at_least_one("XAttention", stride=self.stride, block=self.block)
