@@ -42,7 +42,7 @@ $(READY): setup.cfg pyproject.toml $(CONSTRAINTS)
 run: $(READY) ## ask a real model a question about a real document, over RANKS ranks
 	@VENV=$(VENV) RANKS=$(RANKS) launch/quickstart.sh $(ARGS)
 
-test: check ranks launch ## everything CI runs: check, then tests on ranks and end to end (15 to 30 minutes on two cores)
+test: check ranks launch ## everything CI runs: check, then tests on ranks and end to end (meant to take under 15 minutes on two cores; README has what it took)
 	$(call say,'test: all passed')
 
 check: format lint types imports unit ## format, lint, types, import direction, unit tests

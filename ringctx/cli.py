@@ -257,9 +257,7 @@ def evaluate(
     with _ring(loaded, ranks, typed.level) as ring:
         result = evaluation.measure(loaded, ring, asked)
         if ring.rank == 0:
-            for path in evaluation.write(result, out) if out else ():
-                click.echo(f"Wrote {path}.", err=True)
-            click.echo(json.dumps(result.json(), ensure_ascii=False) if as_json else evaluation.text(result), nl=as_json)
+            _tell(evaluation, result, out, as_json)
     return 0
 
 
@@ -287,21 +285,27 @@ def inspect(
 ) -> int:
     """Measure a model's attention on a document, head by head: how many keys matter, how far they are, what selectors keep."""
     from ringctx.tools import inspect as inspection
+    from ringctx.tools.output import make_folder
 
     loaded = configuration.load(config, overrides)
     asked = inspection.Asked(text=read_document(document), selectors=inspection.selectors_of(selectors), **said)
     inspection.check(loaded, asked)
-    inspection.check_out(out)
+    make_folder(out, draws=True)
     if not launch.is_rank() and (ranks or 1) > 1:
         return _launch(ranks or 1, loaded, typed)
     with _ring(loaded, ranks, typed.level) as ring:
         with inspection.bar(ring.rank == 0) as after_layer:
             result = inspection.measure(loaded, ring, asked, after_layer)
         if ring.rank == 0:
-            for path in inspection.write(result, out) if out else ():
-                click.echo(f"Wrote {path}.", err=True)
-            click.echo(json.dumps(result.json()) if as_json else inspection.text(result), nl=as_json)
+            _tell(inspection, result, out, as_json)
     return 0
+
+
+def _tell(tool: Any, result: Any, out: Path | None, as_json: bool) -> None:
+    """Print what a tool measured, after it is written where that was asked for."""
+    for path in tool.write(result, out) if out else ():
+        click.echo(f"Wrote {path}.", err=True)
+    click.echo(json.dumps(result.json(), ensure_ascii=False) if as_json else tool.text(result), nl=as_json)
 
 
 def read_document(path: Path) -> str:

@@ -262,8 +262,6 @@ def _attention(case: Case, n: int, normal: Callable[..., Tensor]) -> Attention:
             return Attention(pattern=pattern, dropout=0.3)
         case "rotary":
             return Attention(pattern=pattern, encoding=rotary)
-        case "coca" | "coca_strict" if case.widths[0] % 2:  # it pairs all dims
-            return Attention(pattern=pattern, encoding=rotary)
         case "coca" | "coca_strict":
             whole = Rotary(tuple(2.0**-x for x in range(2, 2 + case.widths[0] // 2)))
             return Attention(pattern=pattern, encoding=Coca(case.scores == "coca_strict", whole))

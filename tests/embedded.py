@@ -129,11 +129,9 @@ def _torch(engine: str, ring: int, kind: str, case: str, optimizer: str, asked: 
 
 def _deepspeed(engine: str, ring: int, kind: str, case: str, optimizer: str, asked: dict[str, Any]) -> Seen:
     import deepspeed
-    import deepspeed.ops
 
     from ringctx.embed.deepspeed import join
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling, for speed alone
     deepspeed.init_distributed("gloo", verbose=False)
     model = model_of(kind)
     job = join(model, ring=ring, attention=WINDOWED if case == "windowed" else None, **asked)
@@ -180,7 +178,9 @@ def wrong(cell: str, seen: Seen, want: Seen) -> list[str]:
 def launch(folder: Path, ranks: int, cells: Sequence[str]) -> None:
     """Run cells on so many ranks; raises CalledProcessError with what they said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "tests.embedded"]
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    quick = ROOT / "tests" / "launch" / "quick"  # makes DeepSpeed begin without compiling
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{quick}{os.pathsep}{ROOT}"}
     done = subprocess.run([*command, str(folder), *cells], cwd=ROOT, env=kept, text=True, capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{ranks} ranks ended with {done.returncode}\n{done.stderr[-3000:]}")

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from ringctx import config as configuration
+from ringctx.cli import read_document
 from ringctx.core.ring import Ring
+from ringctx.runtime.tokenise import tokenise
 from ringctx.training import text
 from ringctx.training.labels import shifted
 from ringctx.training.model import job_of
@@ -58,19 +60,14 @@ def step(case: str, asked: Any, ring: Ring) -> dict[str, float]:
     del zeros, params
     from transformers import AutoTokenizer
 
-    tokens = text._line(AutoTokenizer.from_pretrained(job.model.config._name_or_path), [_book(asked.training.context)], 0).long()
-    ids, labels = shifted(tokens[None, : asked.training.context + 1])
+    book = read_document(ROOT / text.BOOK)[: 8 * asked.training.context]
+    tokens = tokenise(AutoTokenizer.from_pretrained(job.model.config._name_or_path), book)[: asked.training.context + 1]
+    ids, labels = shifted(torch.tensor([tokens]))
     Path("/proc/self/clear_refs").write_text("5")  # what setting up took is not the step's
     taken = trainer.step(job.share({"input_ids": ids, "shift_labels": labels}), 0)
     peak = highest()
     held = imported + 4 * weights  # weights, gradients and two moments
     return {"loss": taken.loss, "peak": peak / MB, "imported": imported / MB, "weights": weights / MB, "activations": (peak - held) / MB}
-
-
-def _book(tokens: int) -> str:
-    import gzip
-
-    return gzip.decompress((ROOT / text.BOOK).read_bytes()).decode()[: 8 * tokens]
 
 
 def main() -> None:

@@ -33,14 +33,16 @@ ROWS, KEYS = 128, 2048
 
 @dataclass(frozen=True)
 class Rows:
-    """Each (b s h): lse of whole rows, the sink included; seen, the keys that a row may see; the entropy of its weights in nats; square,
-    the sum of their squares; largest, the greatest. distance (b s h t): the weight in each bin of distances; first (b s h): on first keys.
+    """Each (b s h): lse of whole rows, the sink included; seen, the keys that a row may see; weight, the sum of its weights; their entropy
+    -sum p ln p in nats; square, the sum of their squares; largest, the greatest. distance (b s h t): the weight in each bin of distances;
+    first (b s h): on first keys.
 
-    A row that sees nothing has entropy, square, largest and weights 0. With a sink, weights are those of keys and sum to less than 1.
+    A row that sees nothing has all of these 0 and lse -inf. weight is 1 but for what a sink takes.
     """
 
     lse: Tensor
     seen: Tensor
+    weight: Tensor
     entropy: Tensor
     square: Tensor
     largest: Tensor
@@ -49,8 +51,8 @@ class Rows:
 
     @property
     def effective_count(self) -> Tensor:
-        """1 / sum p^2: over how many keys a row spreads."""
-        return 1 / self.square.clamp(min=torch.finfo(self.square.dtype).tiny)
+        """(sum p)^2 / sum p^2: over how many keys a row spreads what it gives to keys; 0 where it sees none."""
+        return self.weight.square() / self.square.clamp(min=torch.finfo(self.square.dtype).tiny)
 
     @property
     def hoyer(self) -> Tensor:
@@ -153,8 +155,8 @@ class _Sums:
         log = lse - top
         over = torch.where(some, (-log).exp(), 0.0)
         found = {
-            "lse": torch.where(some, lse, -torch.inf), "seen": self.seen, "square": self.square * over.square(),
-            "entropy": (self.total * log - self.tilt) * over, "largest": over, "first": self.on_first * over,
+            "lse": torch.where(some, lse, -torch.inf), "seen": self.seen, "weight": self.total * over, "largest": over,
+            "square": self.square * over.square(), "entropy": (self.total * log - self.tilt) * over, "first": self.on_first * over,
         }  # fmt: skip
         turned = {name: x.transpose(1, 2) for name, x in found.items()}
         return Rows(distance=(self.distance * over[..., None]).transpose(1, 2), **turned)

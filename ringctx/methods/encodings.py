@@ -58,6 +58,8 @@ class Coca:
             raise ConfigError(
                 f"CoCA turns all {x.shape[-1]} dims of a head, and the rotary encoding here is {has}; give one of {x.shape[-1]} dims."
             )
+        if self.rotary.interleaved:
+            raise ConfigError("CoCA pairs dims by halves, as its authors' code does; give it a rotary encoding that is not interleaved.")
 
     def __str__(self) -> str:
         return "coca, strict" if self.strict else "coca"

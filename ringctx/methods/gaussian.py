@@ -73,9 +73,9 @@ def gaussian(offsets: Sequence[int], sigma: float = 1.0, cut: float = 9.0, patte
 
 def gaussian_attention(v: Tensor, *, ring: Ring, layout: Layout, attention: Attention, transport: str = "auto") -> Tensor:
     """v (b s h e) of this rank -> (b s h e): what `gaussian(...)` makes of values; queries and keys have no width and do not travel."""
-    b, s, h, _ = v.shape
-    if attention.additive and len(getattr(attention.additive[0], "offsets", ())) != h:
-        raise ConfigError(f"The values have {h} heads, and the bells {len(attention.additive[0].offsets)}; give one offset a head.")  # type: ignore[attr-defined]
+    (bell,), (b, s, h, _) = attention.additive, v.shape
+    if not isinstance(bell, Bell) or len(bell.offsets) != h:
+        raise ConfigError(f"The values have {h} heads, and the attention {bell}; make it by gaussian(...) with one offset a head.")
     nothing = v.new_zeros(b, s, h, 0)
     found = ring_attention(nothing, nothing, v, ring=ring, layout=layout, attention=replace(attention, scale=1.0), transport=transport)
     assert isinstance(found, Tensor)

@@ -113,7 +113,7 @@ class Alibi:
         return ()
 
     def bias(self, heads: Tensor, i: Tensor, j: Tensor, params: Params, dtype: torch.dtype | None = None) -> Tensor:
-        _require_heads(self, len(self.slopes), heads)
+        require_heads(self, len(self.slopes), heads)
         slopes = torch.tensor(self.slopes, dtype=dtype or torch.float64, device=i.device)[heads]
         distance = (i[:, None] - j).abs().to(slopes.dtype)
         return -slopes[:, None, None] * distance
@@ -143,7 +143,7 @@ class DistanceBias:
 
     def bias(self, heads: Tensor, i: Tensor, j: Tensor, params: Params, dtype: torch.dtype | None = None) -> Tensor:
         (table,) = params
-        _require_heads(self, table.shape[0], heads)
+        require_heads(self, table.shape[0], heads)
         rows = table if table.shape[0] == 1 else table[heads]
         return rows[:, self._column(i, j)]
 
@@ -183,7 +183,7 @@ class PairBias:
 
     def bias(self, heads: Tensor, i: Tensor, j: Tensor, params: Params, dtype: torch.dtype | None = None) -> Tensor:
         (table,) = params
-        _require_heads(self, table.shape[0], heads)
+        require_heads(self, table.shape[0], heads)
         rows = table.new_zeros(1, dtype=torch.long) if table.shape[0] == 1 else heads
         return table[rows[:, None, None], i[:, None], j]
 
@@ -199,7 +199,7 @@ class PairBias:
         return f"pair_bias{_described(self.table)}"
 
 
-def _require_heads(score: object, num_heads: int, heads: Tensor) -> None:
+def require_heads(score: object, num_heads: int, heads: Tensor) -> None:
     """Raises ConfigError if a head has no row; a table of one row serves all heads."""
     asked = int(heads.max()) + 1 if heads.numel() else 0
     one_for_all = num_heads == 1 and not isinstance(score, Alibi)

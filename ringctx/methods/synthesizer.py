@@ -24,12 +24,12 @@ from ringctx.core.layout import Layout
 from ringctx.core.pattern import Causal, Pattern
 from ringctx.core.ring import Ring
 from ringctx.errors import LayoutError
-from ringctx.methods.scores import PairBias, Params
+from ringctx.methods.scores import PairBias, Params, require_heads
 
 
 @dataclass(frozen=True, eq=False)
 class FactorisedBias:
-    """left[h, i] . right[h, j]: a table of pairs (h N N) by its factors (h N r). Additive. Equal only to itself."""
+    """left[h, i] . right[h, j]: a table of pairs (h or 1, N, N) by its factors (h or 1, N, r). Additive. Equal only to itself."""
 
     left: Tensor
     right: Tensor
@@ -39,18 +39,25 @@ class FactorisedBias:
         return (self.left, self.right)
 
     def bias(self, heads: Tensor, i: Tensor, j: Tensor, params: Params, dtype: torch.dtype | None = None) -> Tensor:
-        """(h q k)."""
+        """(h or 1, q, k)."""
+        require_heads(self, len(self.left), heads)
         left, right = params
-        return left[heads[:, None], i] @ right[heads[:, None], j].mT
+        at = self._rows(heads)
+        return left[at, i] @ right[at, j].mT
 
     def grads(self, dbias: Tensor, heads: Tensor, i: Tensor, j: Tensor, params: Params, into: Params | None = None) -> Params:
         """From dbias (b h q k): a token that is there once gives its row once."""
-        slope, at = dbias.sum(0), heads[:, None]
+        slope, at = dbias.sum(0), self._rows(heads)
+        slope = slope if len(at) == len(slope) else slope.sum(0, keepdim=True)
         rows, columns = (x[at, where].to(slope.dtype) for x, where in zip(params, (i, j), strict=True))
         found = into or tuple(torch.zeros_like(x, dtype=slope.dtype) for x in params)
         found[0].index_put_((at, i), slope @ columns, accumulate=True)
         found[1].index_put_((at, j), slope.mT @ rows, accumulate=True)
         return found
+
+    def _rows(self, heads: Tensor) -> Tensor:
+        """The table's row of each head, (h 1); one row serves all, (1 1)."""
+        return heads[:, None] if len(self.left) > 1 else heads.new_zeros(1, 1)
 
     def __str__(self) -> str:
         return f"factorised table {tuple(self.left.shape)}"

@@ -63,7 +63,7 @@ def train(config: Config, ring: Ring, make: MakeTrainer = Trainer.of) -> dict[st
     trainer = make(job, asked, state)
     log = Log(out, ring.rank, len(progress.loss))
     with _bar(ring, len(progress.loss), asked.steps) as bar:
-        if not progress.held_out:
+        if not progress.loss:
             _measure(0, trainer.job, data, progress, log)
         for step in range(len(progress.loss), asked.steps):
             began = time.perf_counter()

@@ -25,7 +25,6 @@ ALONE = [*TORCHRUN[:-1], "--nproc-per-node=1"]
 
 def start(folder: Path, *command: str) -> None:
     env = environment(folder)
-    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests' / 'launch' / 'quick'}"
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     done = subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True, check=False, timeout=240)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]

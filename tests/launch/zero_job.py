@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed.ops
 import torch
 
 from ringctx.core.ring import Ring
@@ -13,8 +12,6 @@ from ringctx.embed.deepspeed import DeepSpeedTrainer
 from ringctx.training import loop
 from ringctx.training.step import Taken
 from tests.training import config
-
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling, for speed alone
 
 
 class Cut(Exception):

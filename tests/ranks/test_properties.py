@@ -62,6 +62,8 @@ def cases(draw: st.DrawFn) -> Case:
     fold = ROUTES[route][1]
     size = draw(st.sampled_from([n for n in (1, 2, 3, 4) if n % (fold.heads * fold.nodes) == 0]))
     length = draw(st.sampled_from([7, 8, 31, 64, 101]))
+    scores = draw(st.sampled_from(SCORES))
+    widths = draw(st.sampled_from([(8, 8), (32, 16)] if scores.startswith("coca") else [(8, 8), (32, 16), (33, 7)]))  # CoCA pairs all dims
     layout = draw(st.one_of(st.sampled_from(["contiguous", "zigzag", "striped", "residue", "documents"]), partitions(size, length)))
     return Case(
         size=size,
@@ -71,9 +73,9 @@ def cases(draw: st.DrawFn) -> Case:
         route=route,
         dtype=draw(st.sampled_from(["fp64", "fp32"])),
         heads=draw(st.sampled_from([(1, 1), (4, 2), (3, 1), (5, 5)])),
-        widths=draw(st.sampled_from([(8, 8), (32, 16), (33, 7)])),
+        widths=widths,
         batch=draw(st.integers(1, 2)),
-        scores=draw(st.sampled_from(SCORES)),
+        scores=scores,
         keys=draw(st.sampled_from(["same", "moved", "gaps", "one_rank"])),
         lse=draw(st.booleans()),
     )

@@ -26,6 +26,7 @@ ATTENTIONS = {
     "causal": Attention(encoding=ROTARY),
     "window": Attention(causal() & (window(9) | sinks(2)), scores=(Softcap(3.0), Alibi.standard(H)), scale=2.0),
     "heads": Attention(causal() & per_head({window(5): (0, 3), causal(): (1, 2)}), encoding=ROTARY),
+    "half": Attention(sink=torch.full((H,), 2.0, dtype=torch.float64), scale=2.0),
     "sink": Attention(sink=torch.tensor([-40.0, 0.3, 2.0, 300.0], dtype=torch.float64), scale=30.0),
 }
 
@@ -58,7 +59,7 @@ def measured(ring: Ring, kind: str, name: str, dtype: torch.dtype, every: int) -
     found = measure_rows(
         q[:, i], layout.shard(k, ring.rank), i=i, layout=layout, ring=ring, attention=ATTENTIONS[name], edges=EDGES, first=FIRST
     )
-    wanted = ("lse", "seen", "entropy", "square", "largest", "distance", "first", "hoyer", "effective_count")
+    wanted = ("lse", "seen", "weight", "entropy", "square", "largest", "distance", "first", "hoyer", "effective_count")
     return i, {name: getattr(found, name) for name in wanted}, ring.traffic.sent["rows"]
 
 
@@ -67,7 +68,7 @@ def check(parts: list[tuple[Tensor, dict[str, Tensor], int]], name: str, bar: fl
     far = torch.arange(S)[:, None] - torch.arange(S)
     bins = torch.bucketize(far, torch.tensor(EDGES), right=True)
     want: dict[str, Tensor] = {
-        "seen": seen.sum(-1), "entropy": sparsity.entropy(p), "square": p.square().sum(-1), "largest": p.amax(-1),
+        "seen": seen.sum(-1), "weight": p.sum(-1), "entropy": sparsity.entropy(p), "square": p.square().sum(-1), "largest": p.amax(-1),
         "first": p[..., :FIRST].sum(-1), "distance": torch.stack([(p * (bins == n)).sum(-1) for n in range(len(EDGES) + 1)], -1),
     }  # fmt: skip
     for i, found, _ in parts:
@@ -103,14 +104,15 @@ def test_logits_that_grow_from_tile_to_tile_are_rescaled(monkeypatch: pytest.Mon
 
 
 def test_hoyer_and_counts_follow_from_the_sums() -> None:
-    p, _ = dense(ATTENTIONS["causal"])
-    _, found, _ = measured(Ring.alone(), "contiguous", "causal", torch.float64, 1)
-    for row in (1, 17, 60):
-        ours = found["hoyer"][0, row], found["effective_count"][0, row]
-        theirs = sparsity.hoyer(p[0, :, row, : row + 1]), sparsity.effective_count(p[0, :, row])
-        for a, b in zip(ours, theirs, strict=True):
-            assert torch.allclose(a, b, atol=1e-12)
-    assert (found["hoyer"][:, 0] == 1).all()
+    for name in ("causal", "half"):  # of the latter a sink takes a share, and what is left counts
+        p, _ = dense(ATTENTIONS[name])
+        _, found, _ = measured(Ring.alone(), "contiguous", name, torch.float64, 1)
+        for row in (1, 17, 60):
+            ours = found["hoyer"][0, row], found["effective_count"][0, row]
+            keys = p[0, :, row, : row + 1]
+            for a, b in zip(ours, (sparsity.hoyer(keys), sparsity.effective_count(keys / keys.sum(-1, keepdim=True))), strict=True):
+                assert torch.allclose(a, b, atol=1e-12)
+        assert (found["hoyer"][:, 0] == 1).all()
 
 
 @pytest.mark.parametrize("asked", [{"branches": rerope(5, ROTARY)}, {"dropout": 0.1}])

@@ -99,8 +99,9 @@ def test_a_fixed_table_stays_and_a_sequence_beyond_it_is_refused() -> None:
         run(v, v, v, ring=Ring.alone(), layout=Layout.contiguous(N + 1, 1))
 
 
-def test_the_oracle_takes_factors_of_a_table() -> None:
-    table = synthesizer.FactorisedRandom(H, S, 4).double()
+@pytest.mark.parametrize("tables", [1, H])
+def test_the_oracle_takes_factors_of_a_table(tables: int) -> None:
+    table = synthesizer.FactorisedRandom(tables, S, 4).double()
     q, k, v, dout = golden_inputs(1, H, S, D)
     found = dense(Attention(scores=(table.score(),)), q, k, v, dout=dout)
     whole = torch.einsum("bihd,bjhd->bhij", q, k) / D**0.5 + (table.left @ table.right.mT)

@@ -74,6 +74,8 @@ def test_slack_is_strict_where_queries_are_equal_within_pairs():
 def test_coca_without_frequencies_or_with_those_of_fewer_dims_is_refused():
     with pytest.raises(ConfigError, match="all 8 dims of a head, and the rotary encoding here is none"):
         Coca().queries(Q, AT)
+    with pytest.raises(ConfigError, match="not interleaved"):
+        Coca(rotary=Rotary((1.0,) * 4, interleaved=True)).queries(Q, AT)
     with pytest.raises(ConfigError, match="of 4 dims; give one of 8"):
         Coca(rotary=Rotary((1.0, 0.1))).keys(K, AT)
 

@@ -28,6 +28,7 @@ from ringctx.runtime import losses as runtime_losses  # noqa: E402
 from ringctx.runtime.answer import Listener  # noqa: E402
 from ringctx.runtime.engine import Engine  # noqa: E402
 from ringctx.runtime.losses import token_losses  # noqa: E402
+from ringctx.tools import output  # noqa: E402
 from ringctx.tools.eval import Asked, check_out, needle, perplexity, report, watch  # noqa: E402
 from ringctx.tools.eval.asked import Result  # noqa: E402
 from ringctx.tools.eval.density import density, pairs  # noqa: E402
@@ -297,7 +298,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, sentence, document
 
 def test_a_picture_without_matplotlib_is_refused_before_anything_is_measured(monkeypatch, tmp_path):
     asked = Asked(task="needle", text="A.", length=(9,), depth=(0.0,))
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(output.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'ringctx\[plot\]'"):
         check_out(asked, tmp_path)
     check_out(asked, None)

@@ -294,9 +294,8 @@ def test_the_blocks_that_the_documentation_shows_are_read():
     windowed = AttentionConfig(window=1024, sinks=4)
     assert [parts[0][1] == WHOLE for parts in last.values()] == [False] * 29 + [True]
     assert [layer for layer, parts in fourth.items() if parts[0][1] == WHOLE] == [*range(0, 30, 4)]
-    assert [parts[0][1].encoding.kind for parts in unturned.values()] == ["rotary"] * 29 + ["none"] and unturned[29][0][
-        1
-    ].encoding.log_n == 512
+    encodings = [parts[0][1].encoding for parts in unturned.values()]
+    assert [one.kind for one in encodings] == ["rotary"] * 29 + ["none"] and encodings[-1].log_n == 512
     assert duo[0] == (((0, 1, 2, 3, 4, 5), windowed), ((6, 7, 8), WHOLE))
     assert duo[2] == (((0, 1, 2, 6, 7, 8), windowed), ((3, 4, 5), WHOLE))
     assert duo[4] == ((tuple(range(9)), WHOLE),)

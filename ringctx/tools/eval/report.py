@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from ringctx.errors import ConfigError
 from ringctx.tools.eval.asked import Asked, Result
 from ringctx.tools.eval.heads import HeadsResult
+from ringctx.tools.output import make_folder, printed
 
 COLUMNS = {
     "needle": ("length", "depth", "wording", "seed", "correct"),
@@ -29,8 +27,6 @@ COST = {
     "bytes": "MB sent", "memory": "peak MB", "anonymous": "anon. MB",
 }  # fmt: skip
 """What it cost, by the words that head it."""
-LEAST_WIDTH = 120
-"""Columns of a terminal that the widest table takes; a narrower one folds its lines rather than lose figures."""
 IN_BYTES = ("bytes", "memory", "anonymous")
 DRAWN = ("needle", "needles", "heads", "budgets", "search")
 """Tasks with a picture."""
@@ -45,10 +41,7 @@ def text(result: Result) -> str:
         shown.add_column(heading or name, justify="right", no_wrap=True)
     for row in result.json()["rows"]:
         shown.add_row(*(_cell(_megabytes(row[name]) if name in IN_BYTES else row[name]) for name in names))
-    console = Console(width=max(Console().width, LEAST_WIDTH))
-    with console.capture() as captured:
-        console.print(shown)
-    return captured.get() + (_heads(result) if isinstance(result, HeadsResult) else "")
+    return printed(shown) + (_heads(result) if isinstance(result, HeadsResult) else "")
 
 
 def _heads(result: HeadsResult) -> str:
@@ -75,18 +68,8 @@ def _megabytes(value: Any) -> float | None:
 
 
 def check_out(asked: Asked, out: Path | None) -> None:
-    """Raise ConfigError now, not after hours, where `write` could not write."""
-    if out is None:
-        return
-    if asked.task in DRAWN and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "--out draws a heat map with matplotlib, which is not installed; "
-            "pip install 'ringctx[plot]', or leave --out out and keep what --json prints."
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {str(out)!r} cannot be made ({error.strerror}); give a folder that can be written.") from error
+    """Make the folder. Raises ConfigError now, not after hours, where `write` could not write."""
+    make_folder(out, draws=asked.task in DRAWN)
 
 
 def write(result: Result, out: Path) -> list[Path]:

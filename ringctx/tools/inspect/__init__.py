@@ -4,6 +4,6 @@ Knows the engine and measures of rows. Knows nothing of command lines.
 """
 
 from ringctx.tools.inspect.measure import Asked, Head, Result, check, measure, selectors_of
-from ringctx.tools.inspect.report import bar, check_out, text, write
+from ringctx.tools.inspect.report import bar, text, write
 
-__all__ = ["Asked", "Head", "Result", "bar", "check", "check_out", "measure", "selectors_of", "text", "write"]
+__all__ = ["Asked", "Head", "Result", "bar", "check", "measure", "selectors_of", "text", "write"]

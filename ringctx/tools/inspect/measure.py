@@ -124,11 +124,7 @@ def measure(config: Config, ring: Ring, asked: Asked, after_layer: Callable[[int
         context.after_layer = lambda layer: after_layer(layer, engine.num_layers)
     try:
         with torch.no_grad(), context.running(layout):
-            own = layout.indices(ring.rank)
-            padded = own if len(own) else torch.zeros(1, dtype=torch.int64)  # transformers takes no empty input
-            engine.model.base_model(
-                input_ids=ids[padded][None].to(engine.device), position_ids=padded[None].to(engine.device), use_cache=False
-            )
+            engine.model.base_model(**engine.inputs(ids, layout)[1], use_cache=False)
     finally:
         context.asked = context.after_layer = None
     return Result(tokens=len(ids), ranks=ring.size, rows=len(spied.rows), edges=[0, *spied.edges], heads=spied.heads())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ringctx.errors import ConfigError
 from ringctx.tools.inspect.measure import Head, Result
+from ringctx.tools.output import printed
 
-LEAST_WIDTH = 120
 ENOUGH = 0.95
 """The share of attention's weight that is much."""
 NEAR = 64
@@ -67,24 +65,7 @@ def text(result: Result) -> str:
         many = sum(pair["retained"] >= ENOUGH for pair in pairs)
         weight, density = (mean(pair[name] for pair in pairs) for name in ("retained", "density"))
         kept.add_row(kind, f"{weight:.1%}", f"{density:.1%}", f"{many} of {len(pairs)}")
-    console = Console(width=max(Console().width, LEAST_WIDTH))
-    with console.capture() as captured:
-        console.print(shown)
-        if result.heads[0].selectors:
-            console.print(kept)
-    return captured.get()
-
-
-def check_out(out: Path | None) -> None:
-    """Raise ConfigError now, not after the document was read, where `write` could not write."""
-    if out is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--out draws with matplotlib, which is not installed; pip install 'ringctx[plot]', or leave --out out.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {str(out)!r} cannot be made ({error.strerror}); give a folder that can be written.") from error
+    return printed(shown, *[kept] * bool(result.heads[0].selectors))
 
 
 def write(result: Result, out: Path) -> list[Path]:
