@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringctx.core.listed import Blocks, Documents
 from ringctx.core.pattern import Causal, Full, Pattern, group_heads
-from ringctx.core.rules import Band, Dilated, Fixed, GlobalTokens, PerHead, Prefix, Sinks, Window, at_least, some
+from ringctx.core.rules import Band, Chunks, Dilated, Fixed, From, GlobalTokens, PerHead, Prefix, Sinks, Window, at_least, some
 from ringctx.errors import ConfigError
 
 Integers = Sequence[Any] | Tensor
@@ -67,6 +67,38 @@ def strided(l: int) -> Pattern:
 def fixed(l: int, c: int) -> Pattern:
     """Sparse Transformer's fixed: causal, the keys of one's own segment of l, and the last c keys of every segment."""
     return Fixed(l, c)
+
+
+def own_block(size: int) -> Pattern:
+    """i // size >= j // size, and no key of an earlier block; with `causal()` a query sees the keys of its own block."""
+    return Chunks(size, 1)
+
+
+def queries_from(first: int) -> Pattern:
+    """i >= first: what these queries see is everything."""
+    return From(first)
+
+
+def star(block: int, context: int) -> Pattern:
+    """Star Attention: causal; a token of the context sees the first block and its own, and tokens from index `context` on see all.
+
+    The first block is every block's anchor; the question and the answer come after the context (Acharya et al. 2024, arXiv 2411.17116).
+    """
+    return Causal() & (Sinks(block) | Chunks(block, 1) | From(context))
+
+
+def random_blocks(length: int, size: int, count: int, seed: int = 0) -> Pattern:
+    """`count` blocks of keys at or before each block of queries, drawn without replacement; all of them where there are fewer.
+
+    BigBird is causal() & (window(w) | global_tokens(...) | random_blocks(...)) (Zaheer et al. 2020, arXiv 2007.14062).
+    """
+    at_least(1, "random_blocks", count, "it counts the blocks that each query sees")
+    at_least(1, "random_blocks", size, "its second number is a block's length")
+    rows, generator = -(-length // size), torch.Generator().manual_seed(seed)
+    mask = torch.zeros(rows, rows, dtype=torch.bool)
+    for row in range(rows):
+        mask[row, torch.randperm(row + 1, generator=generator)[:count]] = True
+    return Blocks.of(mask, size)
 
 
 def global_tokens(tokens: Iterable[int] | int) -> Pattern:

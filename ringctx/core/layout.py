@@ -107,10 +107,11 @@ class Layout:
     # -- the stock layouts ------------------------------------------------------------------------------------------
 
     @classmethod
-    def contiguous(cls, length: int, size: int) -> Self:
-        """Rank r owns the r-th chunk.   length 8, size 2:  0 1 2 3 | 4 5 6 7"""
+    def contiguous(cls, length: int, size: int, *, block: int = 1) -> Self:
+        """Rank r owns the r-th chunk, of whole blocks.   length 8, size 2:  0 1 2 3 | 4 5 6 7; with block 3:  0 1 2 | 3 4 5 6 7"""
         _check(length, size)
-        edges = [length * i // size for i in range(size + 1)]
+        blocks = -(-length // block)
+        edges = [min(length, blocks * i // size * block) for i in range(size + 1)]
         return cls(tuple((range(a, b),) for a, b in zip(edges, edges[1:], strict=False)))
 
     @classmethod

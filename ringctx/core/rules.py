@@ -177,6 +177,27 @@ class Chunks(Pattern):
 
 
 @dataclass(frozen=True)
+class From(Pattern):
+    """i >= first."""
+
+    first: int
+
+    def __post_init__(self) -> None:
+        at_least(0, "queries_from", self.first, "it is the first query that sees all")
+
+    def allows(self, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= self.first)[:, None].repeat(1, len(j))
+
+    def judge(self, q: range, k: range) -> Verdict:
+        if q[0] >= self.first:
+            return FULL
+        return EMPTY if q[-1] < self.first else PARTIAL
+
+    def __str__(self) -> str:
+        return f"queries_from({self.first})"
+
+
+@dataclass(frozen=True)
 class Fixed(Pattern):
     """j <= i, and j is in i's segment or a summary: among the last few of its own segment."""
 

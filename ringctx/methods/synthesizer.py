@@ -3,11 +3,13 @@
     Random               logits_ij = R[h, i, j]                              trained, or fixed as drawn
     FactorisedRandom     logits_ij = (R1 R2^T)[h, i, j], of few columns      trained
     Dense                logits_ij = (W2 relu(W1 x_i))[h, j]                 from the token at i
+    FactorisedDense      logits_ij = (A x_i)[h, j // b] (B x_i)[h, j % b]    from the token at i, of a + b numbers, a b = N
     mixed                logits_ij = (1 - sigmoid(a)) q_i k_j + sigmoid(a) R[h, i, j], a number a that is learned and begins at 0
 
 Source: Tay et al. 2020 (Synthesizer, arXiv 2005.00743), sections 3.1 to 3.3; the mixture as in mesh-tensorflow's `plus_alpha`.
 Of the random ones values travel alone, since every rank has the tables. Dense is an ordinary dot product with relu(W1 x_i) for a query
-and row j of W2 for a key, and travels so. Tables end at N tokens, and so do these methods: longer sequences are refused.
+and row j of W2 for a key, and travels so. Of FactorisedDense each token's a + b numbers go to all ranks, and values travel.
+Tables end at N tokens, and so do these methods: longer sequences are refused.
 Knows indices. Knows nothing of ranks. Letters: b batch, s tokens here, h heads, N the most tokens, r columns, c width, e values.
 """
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from ringctx.core.attention import Attention
 from ringctx.core.entry import ring_attention
+from ringctx.core.gathered import whole
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Causal, Pattern
 from ringctx.core.ring import Ring
@@ -61,6 +64,41 @@ class FactorisedBias:
 
     def __str__(self) -> str:
         return f"factorised table {tuple(self.left.shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class OuterBias:
+    """outer[h, i, j // b] inner[h, i, j % b]: tables (h N a) and (h N b) of each query's own. Additive. Equal only to itself."""
+
+    outer: Tensor
+    inner: Tensor
+
+    def params(self) -> Params:
+        """Both tables."""
+        return (self.outer, self.inner)
+
+    def bias(self, heads: Tensor, i: Tensor, j: Tensor, params: Params, dtype: torch.dtype | None = None) -> Tensor:
+        """(h q k)."""
+        require_heads(self, len(self.outer), heads)
+        outer, inner = self._factors(heads, i, j, params)
+        return outer * inner
+
+    def grads(self, dbias: Tensor, heads: Tensor, i: Tensor, j: Tensor, params: Params, into: Params | None = None) -> Params:
+        """From dbias (b h q k): each factor's slope is the other."""
+        slope, at = dbias.sum(0), (heads[:, None, None], i[:, None])
+        factors = self._factors(heads, i, j, tuple(x.to(slope.dtype) for x in params))
+        found = into or tuple(torch.zeros_like(x, dtype=slope.dtype) for x in params)
+        width = self.inner.shape[2]
+        for into_, other, column in zip(found, factors[::-1], (j // width, j % width), strict=True):
+            into_.index_put_((*at, column), slope * other, accumulate=True)
+        return found
+
+    def _factors(self, heads: Tensor, i: Tensor, j: Tensor, params: Params) -> tuple[Tensor, Tensor]:
+        at, width = (heads[:, None, None], i[:, None]), self.inner.shape[2]
+        return params[0][(*at, j // width)], params[1][(*at, j % width)]
+
+    def __str__(self) -> str:
+        return f"outer tables {tuple(self.outer.shape)} and {tuple(self.inner.shape)}"
 
 
 class Random(nn.Module):
@@ -157,6 +195,28 @@ class Dense(nn.Module):
         found = ring_attention(q, k, v, ring=ring, layout=layout, attention=Attention(pattern=pattern, scale=1.0))
         assert isinstance(found, Tensor)
         return found
+
+
+class FactorisedDense(nn.Module):
+    """A (c to h a) and B (c to h b): what the token at i expects at each index, as a product of two short rows. N = a b."""
+
+    def __init__(self, c: int, heads: int, widths: tuple[int, int]) -> None:
+        super().__init__()
+        self.heads, self.widths = heads, widths
+        self.rows = nn.Linear(c, heads * sum(widths))
+
+    def forward(self, x: Tensor, v: Tensor, *, ring: Ring, layout: Layout, pattern: Pattern = Causal()) -> Tensor:
+        """x (b s c) and v (b s h e) of this rank -> (b s h e), a sequence at a time."""
+        _check(self.widths[0] * self.widths[1], layout)
+        rows = self.rows(x).unflatten(-1, (self.heads, -1))
+        found = []
+        for mine, values in zip(rows, v, strict=True):
+            every, _ = whole(ring, mine, layout, "scores")
+            outer, inner = every.transpose(0, 1).split(self.widths, -1)
+            nothing = values.new_zeros(1, *values.shape[:2], 0)
+            attention = Attention(pattern=pattern, scores=(OuterBias(outer, inner),), scale=1.0)
+            found.append(ring_attention(nothing, nothing, values[None], ring=ring, layout=layout, attention=attention))
+        return torch.cat(found)  # type: ignore[arg-type]
 
 
 def _check(length: int, layout: Layout) -> None:

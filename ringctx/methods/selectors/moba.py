@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ringctx.core.pattern import Pattern
 from ringctx.core.select import Sight
-from ringctx.methods.selectors.summaries import at_least_one, block_means, largest, rows_seen, shared_bits
+from ringctx.methods.selectors.summaries import at_least_one, block_means, chosen, largest
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,4 @@ class Moba:
         scores = torch.einsum("shd,nhd->shn", q.double(), means)
         n, own = torch.arange(len(means), device=q.device), (queries // self.block)[:, None, None]
         scores = scores.masked_fill((n > own) | (counts == 0), -torch.inf).masked_fill(n == own, torch.inf)
-        mine = largest(scores, self.blocks)
-        if sight.decoding:
-            return rows_seen(mine.transpose(0, 1), int(queries[0]), sight.length, self.block)
-        every = [sight.layout.indices(r) for r in range(sight.ring.size)]
-        first = int(torch.cat(every).min())
-        mask = torch.zeros(q.shape[1], sight.layout.length - first, len(means), dtype=torch.bool, device=q.device)
-        for indices, part in zip(every, shared_bits(sight.ring, mine, [len(x) for x in every]), strict=True):
-            mask[:, (indices - first).to(q.device)] = part.transpose(0, 1).to(q.device)
-        return rows_seen(mask, first, sight.length, self.block)
+        return chosen(sight, largest(scores, self.blocks), self.block)

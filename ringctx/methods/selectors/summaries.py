@@ -16,6 +16,7 @@ from ringctx.core.layout import Layout
 from ringctx.core.listed import Blocks
 from ringctx.core.ring import Message, Ring
 from ringctx.core.rules import at_least
+from ringctx.core.select import Sight
 
 KIND = "selection"
 """How the traffic counters call it all."""
@@ -130,3 +131,18 @@ def tiles_seen(mask: Tensor, size: tuple[int, int], before: int = 0) -> Blocks:
 def rows_seen(mask: Tensor, first: int, length: int, block: int) -> Blocks:
     """The pattern of a bool (h, t, blocks): key blocks that each of t queries sees, which begin at index `first`; one serves all."""
     return tiles_seen(mask, (length, block)) if mask.shape[1] == 1 else tiles_seen(mask, (1, block), first)
+
+
+def chosen(sight: Sight, mine: Tensor, block: int) -> Blocks:
+    """The pattern, on every rank, of the key blocks that each rank's queries chose: bool (s, h, blocks), which travels as bits.
+
+    While decoding all ranks have all queries, and have chosen alike.
+    """
+    if sight.decoding:
+        return rows_seen(mine.transpose(0, 1), int(sight.layout.indices(0)[0]), sight.length, block)
+    every = [sight.layout.indices(r) for r in range(sight.ring.size)]
+    first = int(torch.cat(every).min())
+    mask = torch.zeros(mine.shape[1], sight.layout.length - first, mine.shape[2], dtype=torch.bool, device=mine.device)
+    for indices, part in zip(every, shared_bits(sight.ring, mine, [len(x) for x in every]), strict=True):
+        mask[:, (indices - first).to(mine.device)] = part.transpose(0, 1).to(mine.device)
+    return rows_seen(mask, first, sight.length, block)

@@ -1,0 +1,58 @@
+"""Sighted: what methods with several attentions in one share, whether a sequence is read or a token decoded.
+
+Knows the two entries of attention. Knows nothing of any method.
+Letters: b batch, s queries here, n keys here, h query heads, g key heads, d and e widths.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ringctx.core.attention import Attention
+from ringctx.core.decode import decode_with_lse
+from ringctx.core.entry import ring_attention
+from ringctx.core.layout import Layout
+from ringctx.core.ring import Ring
+from ringctx.core.select import Sight
+from ringctx.errors import LayoutError
+
+
+def sight_at(q: Tensor, ring: Ring, layout: Layout | None, key_layout: Layout | None, scale: float) -> Sight:
+    """Where q (b s h d) and the keys live. layout None: decoding, when all ranks hold the newest tokens, the last of key_layout.
+
+    Raises LayoutError where neither layout is given.
+    """
+    keys = key_layout or layout
+    if keys is None:
+        raise LayoutError("Decoding was asked without a layout of the keys; pass key_layout=..., in which the newest tokens are the last.")
+    newest = Layout(((range(max(0, keys.length - q.shape[1]), keys.length),), *((),) * (ring.size - 1)))
+    return Sight(ring, layout or newest, keys, scale, decoding=layout is None)
+
+
+def places(sight: Sight, q: Tensor) -> Tensor:
+    """The indices of the queries here, (s)."""
+    return sight.layout.indices(0 if sight.decoding else sight.ring.rank, q.device)
+
+
+def attend_with_lse(
+    sight: Sight, attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, transport: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """q (b s h d), k (b n g d), v (b n g e) -> out (b s h e), lse (b s h). All ranks call it together; decoding has no backward."""
+    if sight.decoding:
+        return decode_with_lse(q, k, v, key_layout=sight.key_layout, ring=sight.ring, attention=attention)
+    found = ring_attention(
+        *(q, k, v),
+        ring=sight.ring,
+        layout=sight.layout,
+        key_layout=sight.key_layout,
+        attention=attention,
+        transport=transport,
+        return_lse=True,
+    )
+    assert isinstance(found, tuple)
+    return found
+
+
+def attend(sight: Sight, attention: Attention, q: Tensor, k: Tensor, v: Tensor, *, transport: str = "auto") -> Tensor:
+    """Without lse."""
+    return attend_with_lse(sight, attention, q, k, v, transport=transport)[0]
