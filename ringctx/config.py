@@ -15,7 +15,16 @@ from typing import Literal
 import yaml
 
 from ringctx import config_layers
-from ringctx.config_attention import AttentionConfig, BranchesConfig, CarryConfig, EncodingConfig, PositionsConfig, SelectConfig
+from ringctx.config_attention import (
+    AttentionConfig,
+    BranchesConfig,
+    CarryConfig,
+    EncodingConfig,
+    PatternConfig,
+    PositionsConfig,
+    ScoreConfig,
+    SelectConfig,
+)
 from ringctx.config_cache import CacheConfig, EvictConfig, RecallConfig
 from ringctx.config_layers import LayersConfig
 from ringctx.config_training import ScratchConfig, TrainingConfig, VariablesConfig
@@ -34,10 +43,12 @@ __all__ = [
     "LayersConfig",
     "LayoutConfig",
     "ModelConfig",
+    "PatternConfig",
     "PositionsConfig",
     "RecallConfig",
     "RingConfig",
     "ScratchConfig",
+    "ScoreConfig",
     "SelectConfig",
     "TrainingConfig",
     "VariablesConfig",

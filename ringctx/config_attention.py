@@ -74,6 +74,66 @@ class EncodingConfig:
             raise ConfigError(f"attention.encoding.least is {self.least}; it is what queries are multiplied by at least, 0 or more.")
 
 
+_PATTERNS = {
+    "causal": (), "atrous": ("rate",), "sparse": ("rate",), "strided": ("length",), "fixed": ("length", "summaries"),
+    "longformer": ("window", "tokens"), "bigbird": ("window", "tokens", "block", "random", "seed"), "star": ("block", "context"),
+}  # fmt: skip
+"""The keys that each kind of attention.pattern takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatternConfig:
+    """Which earlier tokens a token sees; a pattern of the papers, with `window` and `sinks` beside it narrowing it further."""
+
+    kind: Literal["causal", "atrous", "sparse", "strided", "fixed", "longformer", "bigbird", "star"] = "causal"
+    """causal: all. atrous: every rate-th; sparse: those and the latest `rate`. strided and fixed are Sparse Transformer's, star is Star
+    Attention's."""
+    rate: int | None = None
+    """atrous, sparse: the distance from one key seen to the next."""
+    length: int | None = None
+    """strided: the distance between keys seen far away; fixed: tokens of a segment."""
+    summaries: int | None = None
+    """fixed: the last tokens of each segment, which all later ones see."""
+    window: int | None = None
+    """longformer, bigbird: latest keys, the token itself included."""
+    tokens: tuple[int, ...] | None = None
+    """longformer, bigbird: tokens that see all and that all see, by index."""
+    block: int | None = None
+    """bigbird, star: tokens of a block."""
+    random: int | None = None
+    """bigbird: blocks that are drawn for each block of queries."""
+    seed: int | None = None
+    """bigbird: of the draw; 0 by default."""
+    context: int | None = None
+    """star: tokens of the document, which see the first block and their own; later ones see all."""
+
+    def __post_init__(self) -> None:
+        for key in dataclasses.fields(self)[1:]:
+            value, is_taken = getattr(self, key.name), key.name in _PATTERNS[self.kind]
+            if value is not None and not is_taken:
+                others = ", ".join(kind for kind, keys in _PATTERNS.items() if key.name in keys)
+                raise ConfigError(
+                    f"attention.pattern.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
+                )
+            if value is None and is_taken and key.name != "seed":
+                raise ConfigError(f"attention.pattern.{key.name} is missing; {self.kind} needs it.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreConfig:
+    """What is done to logits, for models trained so; a model's own softcap is there without it."""
+
+    kind: Literal["alibi", "softcap"]
+    """alibi: a slope a head, times the distance (set encoding.kind to none); softcap: cap tanh(x / cap)."""
+    cap: float | None = None
+    """softcap: what logits stay below."""
+
+    def __post_init__(self) -> None:
+        if (self.cap is None) != (self.kind == "alibi"):
+            said = "means nothing" if self.kind == "alibi" else "is missing"
+            raise ConfigError(f"attention.scores.cap {said} with kind {self.kind}; write {{kind: alibi}} or {{kind: softcap, cap: 50}}.")
+
+
 _BRANCHES = {
     "none": (), "rerope": ("window",), "leaky_rerope": ("window", "factor"), "self_extend": ("window", "group"),
     "lm_infinite": ("window", "sinks", "length"), "streaming": ("window", "sinks"), "dual_chunk": ("chunk", "length"),
@@ -204,6 +264,10 @@ class AttentionConfig:
     """Keys that a token sees, itself included; null for all before it."""
     sinks: int = 0
     """First tokens of the sequence that all see in spite of the window."""
+    pattern: PatternConfig = field(default_factory=PatternConfig)
+    """Which earlier tokens a token sees: a pattern of the papers."""
+    scores: tuple[ScoreConfig, ...] = ()
+    """What is done to logits: softcaps first, then alibi."""
     positions: PositionsConfig = field(default_factory=PositionsConfig)
     """How the model reads on past its trained length: by other frequencies."""
     encoding: EncodingConfig = field(default_factory=EncodingConfig)

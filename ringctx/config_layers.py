@@ -113,7 +113,7 @@ def by_layer(blocks: Sequence[LayersConfig], num_layers: int, num_heads: int) ->
     """What each layer of a model with so many is asked for.
 
     Raises ConfigError for layers and heads that the model has not, for some that no block has, for a block that is left with
-    none, and for heads of a layer that differ in more than window and sinks.
+    none, and for heads of a layer that differ in more than pattern, window and sinks.
     """
     owners: dict[tuple[int, int], int] = {}
     for n in sorted(range(len(blocks)), key=lambda n: (blocks[n].heads is None, blocks[n].layers is None)):
@@ -147,19 +147,19 @@ def _plain(block: LayersConfig) -> AttentionConfig:
 
 
 def _parts(layer: int, of_heads: Sequence[AttentionConfig]) -> Parts:
-    """Heads that ask the same together; they may differ in window and sinks alone, and where keys carry something not in these."""
-    for key in ("encoding", "branches", "select", "carry"):
+    """Heads that ask the same together; they may differ in pattern, window and sinks alone, and where keys carry something not in these."""
+    for key in ("encoding", "scores", "branches", "select", "carry"):
         if len({getattr(block, key) for block in of_heads}) > 1:
             raise ConfigError(
-                f"Heads of layer {layer} differ in attention.{key}, which holds for a whole layer; heads may differ in window and sinks. "
-                f"Write the same {key} in the blocks of this layer, or give each the whole of a layer."
+                f"Heads of layer {layer} differ in attention.{key}, which holds for a whole layer; heads may differ in pattern, window and "
+                f"sinks. Write the same {key} in the blocks of this layer, or give each the whole of a layer."
             )
     groups: dict[AttentionConfig, list[int]] = {}
     for head, block in enumerate(of_heads):
         groups.setdefault(block, []).append(head)
     if len(groups) > 1 and of_heads[0].carry.kind != "none":
         raise ConfigError(
-            f"Heads of layer {layer} differ in window or sinks, but attention.carry gives what head 0 sees to all of them; "
+            f"Heads of layer {layer} differ in pattern, window or sinks, but attention.carry gives what head 0 sees to all of them; "
             "give all heads of the layer the same."
         )
     return tuple((tuple(heads), block) for block, heads in groups.items())

@@ -16,7 +16,21 @@ from torch import Tensor
 
 from ringctx.core.listed import Blocks, Documents
 from ringctx.core.pattern import Causal, Full, Pattern, group_heads
-from ringctx.core.rules import Band, Chunks, Dilated, Fixed, From, GlobalTokens, PerHead, Prefix, Sinks, Window, at_least, some
+from ringctx.core.rules import (
+    Band,
+    Chunks,
+    Dilated,
+    Fixed,
+    From,
+    GlobalTokens,
+    PerHead,
+    Prefix,
+    RandomBlocks,
+    Sinks,
+    Window,
+    at_least,
+    some,
+)
 from ringctx.errors import ConfigError
 
 Integers = Sequence[Any] | Tensor
@@ -87,18 +101,12 @@ def star(block: int, context: int) -> Pattern:
     return Causal() & (Sinks(block) | Chunks(block, 1) | From(context))
 
 
-def random_blocks(length: int, size: int, count: int, seed: int = 0) -> Pattern:
+def random_blocks(size: int, count: int, seed: int = 0) -> Pattern:
     """`count` blocks of keys at or before each block of queries, drawn without replacement; all of them where there are fewer.
 
     BigBird is causal() & (window(w) | global_tokens(...) | random_blocks(...)) (Zaheer et al. 2020, arXiv 2007.14062).
     """
-    at_least(1, "random_blocks", count, "it counts the blocks that each query sees")
-    at_least(1, "random_blocks", size, "its second number is a block's length")
-    rows, generator = -(-length // size), torch.Generator().manual_seed(seed)
-    mask = torch.zeros(rows, rows, dtype=torch.bool)
-    for row in range(rows):
-        mask[row, torch.randperm(row + 1, generator=generator)[:count]] = True
-    return Blocks.of(mask, size)
+    return RandomBlocks(size, count, seed)
 
 
 def global_tokens(tokens: Iterable[int] | int) -> Pattern:

@@ -10,28 +10,32 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-from ringctx.config import AttentionConfig, BranchesConfig, Config, EncodingConfig, PositionsConfig
+from ringctx.config import AttentionConfig, BranchesConfig, Config, EncodingConfig, PatternConfig, PositionsConfig
 from ringctx.core.attention import Attention
+from ringctx.core.pattern import Pattern
 from ringctx.errors import ConfigError
 from ringctx.methods import branches, extend
 from ringctx.methods.encodings import Coca, LogN, Unturned
 from ringctx.methods.rotary import Rotary
+from ringctx.methods.scores import Alibi, Softcap
 from ringctx.methods.selective import Selective
-from ringctx.patterns import causal, sinks, window
+from ringctx.patterns import causal, dilated, fixed, global_tokens, random_blocks, sinks, star, strided, window
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-def attention_of(config: AttentionConfig, trained: int | None = None) -> Attention | None:
+def attention_of(config: AttentionConfig, trained: int | None = None, heads: int = 1) -> Attention | None:
     """What the configuration puts in the place of the model's causal attention, or None for nothing.
 
-    trained: tokens that the model was trained on. Raises ConfigError for branches that cannot be, such as chunks beyond that.
+    trained: tokens that the model was trained on. heads: its query heads, for scores that differ between them.
+    Raises ConfigError for branches that cannot be, such as chunks beyond that, and patterns or scores with numbers that cannot be.
     """
-    if (config.window, config.branches, config.carry.kind, config.encoding) == (None, BranchesConfig(), "none", EncodingConfig()):
+    said = (config.pattern, config.scores, config.window, config.branches, config.carry.kind, config.encoding)
+    if said == (PatternConfig(), (), None, BranchesConfig(), "none", EncodingConfig()):
         return None
-    pattern = causal()
+    pattern = pattern_of(config.pattern)
     if config.window is not None:
         pattern &= window(config.window) | sinks(config.sinks) if config.sinks else window(config.window)
     carry = Selective(tau=config.carry.tau) if config.carry.kind == "selective" else None
@@ -39,7 +43,29 @@ def attention_of(config: AttentionConfig, trained: int | None = None) -> Attenti
     if config.encoding.log_n is not None:
         by = partial(LogN, config.encoding.log_n, least=config.encoding.least)
         parts, encoding = tuple(replace(part, encoding=by(part.encoding)) for part in parts), None if parts else by(encoding)
-    return Attention(pattern=pattern, encoding=encoding, branches=parts, carry=carry)
+    scores = tuple(Alibi.standard(heads) if score.kind == "alibi" else Softcap(_given(score.cap)) for score in config.scores)
+    return Attention(pattern=pattern, encoding=encoding, branches=parts, carry=carry, scores=scores)
+
+
+def pattern_of(config: PatternConfig) -> Pattern:
+    """Who sees whom. Raises ConfigError for numbers that cannot be."""
+    match config.kind:
+        case "atrous":
+            return causal() & dilated(_given(config.rate))
+        case "sparse":
+            return causal() & (window(_given(config.rate) + 1) | dilated(_given(config.rate)))
+        case "strided":
+            return strided(_given(config.length))
+        case "fixed":
+            return fixed(_given(config.length), _given(config.summaries))
+        case "longformer":
+            return causal() & (window(_given(config.window)) | global_tokens(_given(config.tokens)))
+        case "bigbird":
+            drawn = random_blocks(_given(config.block), _given(config.random), config.seed or 0)
+            return causal() & (window(_given(config.window)) | global_tokens(_given(config.tokens)) | drawn)
+        case "star":
+            return star(_given(config.block), _given(config.context))
+    return causal()
 
 
 def encoding_asked(config: EncodingConfig) -> Any:

@@ -23,17 +23,18 @@ def layers_of(asked: AttentionConfig | tuple[LayersConfig, ...], model: Any) -> 
     Raises ConfigError for layers, heads or branches that the model cannot have. Layers that are asked the same share one value.
     """
     num_layers, trained = int(model.num_hidden_layers), getattr(model, "max_position_embeddings", None)
+    num_heads = int(model.num_attention_heads)
     if isinstance(asked, AttentionConfig):
-        return selecting(attention_of(asked, trained), asked.select, num_layers)
+        return selecting(attention_of(asked, trained, num_heads), asked.select, num_layers)
     made = cache(_attention)
-    return {layer: made(parts, trained) for layer, parts in by_layer(asked, num_layers, int(model.num_attention_heads)).items()}
+    return {layer: made(parts, trained, num_heads) for layer, parts in by_layer(asked, num_layers, num_heads).items()}
 
 
-def _attention(parts: Parts, trained: int | None) -> Attention:
+def _attention(parts: Parts, trained: int | None, num_heads: int) -> Attention:
     """One layer's, from its heads; they share all but the pattern."""
     patterns = {}
     for heads, block in parts:
-        attention = attention_of(block, trained) or Attention()
+        attention = attention_of(block, trained, num_heads) or Attention()
         patterns[attention.pattern] = heads
     pattern = per_head(patterns) if len(patterns) > 1 else attention.pattern
     return replace(attention, pattern=pattern, select=selector_of(block.select))

@@ -6,9 +6,11 @@ Knows indices. The functions that make them are in `ringctx.patterns`; those tha
 from __future__ import annotations
 
 import math
+import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -232,6 +234,48 @@ class Fixed(Pattern):
 
     def __str__(self) -> str:
         return f"fixed({self.segment}, {self.summaries})"
+
+
+@dataclass(frozen=True)
+class RandomBlocks(Pattern):
+    """j // size is one of the blocks drawn for i // size among those at or before it."""
+
+    size: int
+    count: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        at_least(1, "random_blocks", self.size, "its first number is a block's length")
+        at_least(1, "random_blocks", self.count, "its second number counts the blocks that a query sees")
+
+    def allows(self, i: Tensor, j: Tensor) -> Tensor:
+        rows, at = torch.unique(i // self.size, return_inverse=True)
+        columns = j // self.size
+        seen = [torch.isin(columns, torch.tensor(_drawn(self, row), device=j.device)) for row in rows.tolist()]
+        return torch.stack(seen)[at] if seen else torch.zeros(len(i), len(j), dtype=torch.bool, device=j.device)
+
+    def judge(self, q: range, k: range) -> Verdict:
+        rows, columns = (sorted({index // self.size for index in span}) for span in (q, k))
+        seen = [set(columns).intersection(_drawn(self, row)) for row in rows]
+        if not any(seen):
+            return EMPTY
+        if all(len(some) == len(columns) for some in seen):
+            return FULL
+        a_tile_each = len(q) == len(rows) == len(columns) == len(k)
+        return CAUSAL if a_tile_each and all(some == set(columns[: n + 1]) for n, some in enumerate(seen)) else PARTIAL
+
+    def cut(self, span: range) -> int | None:
+        middle = (span[0] + span[-1] + 1) // 2 // self.size * self.size
+        return nearest_cut(span, (middle, middle + self.size))
+
+    def __str__(self) -> str:
+        return f"random_blocks({self.size}, {self.count}, {self.seed})"
+
+
+@lru_cache(maxsize=65_536)
+def _drawn(pattern: RandomBlocks, row: int) -> tuple[int, ...]:
+    """The blocks of keys that a block of queries sees; a row's draw knows no other row, nor how long the sequence is."""
+    return tuple(random.Random(f"{pattern.seed} {row}").sample(range(row + 1), min(pattern.count, row + 1)))
 
 
 @dataclass(frozen=True)

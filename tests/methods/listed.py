@@ -72,7 +72,7 @@ def _values() -> dict[str, Callable[[], Attention]]:
     encoded = lambda encoding: partial(Attention, encoding=encoding)
     seen = lambda pattern: partial(Attention, pattern=pattern)
     branched = lambda some: partial(Attention, branches=some)
-    random = p.random_blocks(S, 6, 2, seed=1)
+    random = p.random_blocks(6, 2, seed=1)
     return {
         "causal": Attention,
         "sliding window, sinks": seen(CAUSAL & (p.window(9) | p.sinks(2))),

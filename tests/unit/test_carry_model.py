@@ -120,7 +120,7 @@ def test_what_it_cannot_be_with_is_refused(text, said):
 
 def test_heads_of_a_layer_cannot_differ_beside_it():
     config = parse("attention: [{layers: 0, heads: 0-1, window: 9, carry: {kind: selective}}, {carry: {kind: selective}}]")
-    with pytest.raises(ConfigError, match="Heads of layer 0 differ in window or sinks"):
+    with pytest.raises(ConfigError, match="Heads of layer 0 differ in pattern, window or sinks"):
         layers_of(config.attention, tiny().config)
 
 

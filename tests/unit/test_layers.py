@@ -150,7 +150,7 @@ def test_a_wrong_list_is_a_sentence(text, sentence):
         ("- {layers: 0-5}\n-", "attention[1] is left with no head of any layer, since other blocks name them all; leave it out."),
         (
             "- {layers: 2, heads: 1, branches: {kind: rerope, window: 4}}\n-",
-            "Heads of layer 2 differ in attention.branches, which holds for a whole layer; heads may differ in window and sinks.",
+            "Heads of layer 2 differ in attention.branches, which holds for a whole layer; heads may differ in pattern, window and sinks.",
         ),
         ("- {layers: 2, heads: 1, select: {kind: moba}}\n-", "Heads of layer 2 differ in attention.select"),
     ],

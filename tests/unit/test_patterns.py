@@ -13,9 +13,25 @@ from ringctx.core.lines import Lines
 from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Causal, Pattern, Verdict
 from ringctx.core.rules import Chunks
 from ringctx.errors import ConfigError, LayoutError
-from ringctx.patterns import band, blocks, causal, dilated, documents, fixed, full  # isort: split
-
-from ringctx.patterns import global_tokens, per_head, prefix, sinks, strided, window
+from ringctx.patterns import (
+    band,
+    blocks,
+    causal,
+    dilated,
+    documents,
+    fixed,
+    full,
+    global_tokens,
+    own_block,
+    per_head,
+    prefix,
+    queries_from,
+    random_blocks,
+    sinks,
+    star,
+    strided,
+    window,
+)  # fmt: skip
 
 S = 12
 INDEX = torch.arange(S)
@@ -36,6 +52,11 @@ STOCK = [
     *(dilated(k) for k in (1, 2, 3, 5, 20)),
     *(band(low, high) for low, high in ((0, 0), (-3, 2), (-7, -4), (2, 5), (-30, 30))),
     *(Chunks(size, count) for size, count in ((1, 1), (3, 1), (3, 2), (5, 2), (4, 9), (20, 1))),
+    *(queries_from(first) for first in (0, 1, 5, 12)),
+    *(
+        random_blocks(size, count, seed)
+        for size, count, seed in ((1, 1, 0), (1, 2, 3), (1, 9, 0), (2, 2, 1), (3, 2, 0), (5, 9, 0), (20, 1, 2))
+    ),
     *(strided(l) for l in (1, 2, 3, 4, 20)),
     *(fixed(l, c) for l, c in ((1, 1), (2, 1), (3, 2), (4, 1), (4, 3), (5, 5), (20, 2))),
     *(global_tokens(tokens) for tokens in ([0], [3, 4], [11, 0, 5], range(6), range(12))),
@@ -71,6 +92,9 @@ COMPOSED = [
     causal() & ~sinks(1),
     causal() & Chunks(3, 2) & ~Chunks(3, 1),
     causal() & dilated(3) | global_tokens([4]),
+    *(star(block, context) for block, context in ((3, 9), (4, 12), (5, 7), (12, 12), (1, 0))),
+    causal() & random_blocks(4, 2),
+    causal() & (window(2) | global_tokens([0]) | random_blocks(2, 1, seed=5)),
     causal() & blocks(tiles(2, 3, 3), 4) & documents(ids=tiles(3, S).long()),
     blocks(tiles(2, 3, 3), 4) | ~per_head({window(2): 0, sinks(3) & causal(): 1}),
     per_head({causal(): [0, 2], causal() & window(3): [1, 3]}),
@@ -248,12 +272,22 @@ def test_blocks_are_cut_at_a_tile_edge():
         (causal() & global_tokens([2, 5]), {2, 5}),
         (prefix(3), set(range(12))),
         (documents([0, 9, 12]), {9, 10, 11}),
+        (star(4, 12), {0, 1, 2, 3, 8, 9, 10, 11}),
+        (star(4, 11), set(range(12))),
+        (causal() & own_block(5), {10, 11}),
     ],
     ids=str,
 )
 def test_query_11_sees_what_the_papers_say(pattern, keys):
     seen = pattern.allows(torch.tensor([11]), INDEX)[0]
     assert set(seen.nonzero().flatten().tolist()) == keys
+
+
+def test_random_blocks_are_those_of_the_seed_at_or_before_the_query():
+    drawn = random_blocks(3, 2, seed=4)
+    assert drawn == random_blocks(3, 2, seed=4) != random_blocks(3, 2, seed=5)
+    seen = drawn.allows(INDEX, INDEX)[::3, ::3]
+    assert seen.sum(1).tolist() == [1, 2, 2, 2] and not seen.triu(1).any()
 
 
 def test_windows_and_prefixes_look_ahead_unless_made_causal():
@@ -343,6 +377,12 @@ REFUSALS = [
     (lambda: prefix(-1), ConfigError, "prefix was given -1"),
     (lambda: dilated(0), ConfigError, "dilated was given 0; it is the distance"),
     (lambda: strided(0), ConfigError, "strided was given 0"),
+    (lambda: band(3, 2), ConfigError, "band was asked from 3 to 2"),
+    (lambda: own_block(0), ConfigError, "chunks was given 0; its first number is a chunk's length"),
+    (lambda: queries_from(-1), ConfigError, "queries_from was given -1; it is the first query that sees all"),
+    (lambda: star(0, 9), ConfigError, "chunks was given 0"),
+    (lambda: random_blocks(0, 1), ConfigError, "random_blocks was given 0; its first number is a block's length"),
+    (lambda: random_blocks(4, 0), ConfigError, "random_blocks was given 0; its second number counts the blocks"),
     (lambda: fixed(0, 1), ConfigError, "fixed was given 0; its first number"),
     (lambda: fixed(4, 0), ConfigError, "fixed was given 0; its second number"),
     (lambda: fixed(4, 5), ConfigError, r"fixed\(4, 5\) asks for more summaries than a segment has tokens"),
