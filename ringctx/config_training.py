@@ -55,6 +55,8 @@ class TrainingConfig:
     """The model, where it is made anew."""
     variables: VariablesConfig = field(default_factory=VariablesConfig)
     """The task of data: variables."""
+    passkeys: float = 0.0
+    """The share of a step's texts in which a number is hidden, and asked for at the end."""
     context: int = 512
     """Tokens of a sequence, spread over the ring."""
     batch: int = 16
@@ -98,6 +100,8 @@ class TrainingConfig:
             if getattr(self, name) < least:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be at least {least}.")
         scratch, task = self.scratch, self.variables
+        if not 0 <= self.passkeys <= 1 or (self.passkeys and self.data != "text"):
+            raise ConfigError(f"training.passkeys is {self.passkeys}; it is a share of the texts of data: text, from 0 to 1.")
         if scratch.layers and (scratch.hidden % scratch.heads or scratch.heads % scratch.key_heads):
             raise ConfigError(
                 f"training.scratch has hidden {scratch.hidden}, heads {scratch.heads} and key_heads {scratch.key_heads}; "

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ringctx.config_training import TrainingConfig
-from ringctx.training import text, variables
+from ringctx.training import passkey, text, variables
 from ringctx.training.labels import shifted
 
 Pairs = tuple[Tensor, Tensor]
@@ -46,8 +46,11 @@ class Text:
 
     def batch(self, step: int) -> Pairs:
         """Windows drawn anew at each step."""
-        seed = self.config.seed * 1_000_003 + step
-        return shifted(text.windows(self.corpus.train, self.config.batch, self.config.context + 1, seed))
+        seed, config = self.config.seed * 1_000_003 + step, self.config
+        drawn, hiding = text.windows(self.corpus.train, config.batch, config.context + 1, seed), round(config.passkeys * config.batch)
+        if hiding:
+            drawn[:hiding], _ = passkey.plant(drawn[:hiding], self.tokenizer, seed)
+        return shifted(drawn)
 
     def held_out(self) -> dict[int, Pairs]:
         """The first windows of what is held out."""

@@ -47,7 +47,7 @@ COVERS: dict[str, tuple[tuple[str, ...], Iterable[str]]] = {
         ("golden",),
         set(PATTERNS) - {"causal", "band", "block-sparse", "BigBird"},
     ),
-    "tests/unit/test_patterns.py::test_a_refusal_says_what_was_asked_and_what_to_do": (("refusals",), set(PATTERNS) - {"causal"}),
+    "tests/unit/test_pattern_refusals.py::test_a_refusal_says_what_was_asked_and_what_to_do": (("refusals",), set(PATTERNS) - {"causal"}),
     "tests/unit/test_rotary.py::test_it_is_transformers_own_bit_for_bit_in_fp32": (("golden",), ["rotary by halves"]),
     "tests/unit/test_rotary.py::test_interleaved_pairs_are_products_of_complex_numbers": (("golden",), ["rotary by neighbours"]),
     "tests/unit/test_extend.py::test_interpolation_is_transformers_linear_bit_for_bit": (("golden",), ["PI"]),

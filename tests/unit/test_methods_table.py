@@ -17,12 +17,12 @@ def passed() -> list[str]:
     return [test + "1]" if test.endswith("-") else test for test in table.COVERS] + CONTRACT
 
 
-@pytest.mark.parametrize("test", [*table.COVERS, table.DEFINED, table.PARTS], ids=lambda test: test.split("/")[-1])
-def test_a_test_that_the_table_names_is_there(test: str) -> None:
-    path, _, name = test.partition("[")[0].partition("::")
+@pytest.mark.parametrize("named", [*table.COVERS, table.DEFINED, table.PARTS], ids=lambda test: test.split("/")[-1])
+def test_a_test_that_the_table_names_is_there(named: str) -> None:
+    path, _, test = named.partition("[")[0].partition("::")
     defined = {node.name for node in ast.parse((table.ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)}
-    assert name in defined
-    assert set(table.COVERS.get(test, ((), ()))[1]) <= set(table.NAMES)
+    assert test in defined
+    assert set(table.COVERS.get(named, ((), ()))[1]) <= set(table.NAMES)
 
 
 def test_no_cell_is_empty_and_the_written_table_is_this_one() -> None:

@@ -47,9 +47,13 @@ PATTERNS = {
     "fixed",
     "full",
     "global_tokens",
+    "own_block",
     "per_head",
     "prefix",
+    "queries_from",
+    "random_blocks",
     "sinks",
+    "star",
     "strided",
     "window",
 }

@@ -1,0 +1,204 @@
+"""`ringctx doctor bench eval inspect extrapolate`: what measures machines and models."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ringctx import config as configuration
+from ringctx.cli.started import Typed, launched, read_document, ring_of
+from ringctx.config import Config
+from ringctx.errors import ConfigError
+from ringctx.runtime import launch
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> int:
+    """Say what this machine can run, and why not the rest."""
+    from ringctx.tools import doctor
+
+    findings = doctor.examine()
+    click.echo(json.dumps({"findings": doctor.as_json(findings)}) if as_json else doctor.as_text(findings))
+    return 0
+
+
+@click.command()
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine, of one thread each; 2 by default.")
+@click.option("--length", "lengths", type=click.IntRange(min=1), multiple=True, help="Tokens in the sequence; may be repeated.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--transport", "transports", multiple=True, help="rotate and heads by default, with a carry rotate; may be repeated.")
+@click.option("--carry", type=click.Choice(["none", "selective"]), default="none", help="Time a carry against the same ring without.")
+@click.option("--kernel", "kernels", multiple=True, default=("auto",), show_default=True, help="Of the ring; may be repeated.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="The median of so many is reported.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def bench(
+    typed: Typed,
+    ranks: int | None,
+    lengths: tuple[int, ...],
+    dtype: str,
+    transports: tuple[str, ...],
+    carry: str,
+    kernels: tuple[str, ...],
+    rounds: int,
+    as_json: bool,
+) -> int:
+    """Time the ring against torch's own attention on the same tensors, as docs/results does."""
+    if not launch.is_rank() and (ranks or 2) > 1:
+        return launch.run(ranks or 2, typed.arguments)
+    with ring_of(Config(), ranks, typed.level) as ring:
+        import torch
+
+        from ringctx.methods.selective import Selective
+        from ringctx.tools import bench
+
+        torch.set_num_threads(1)
+        given = Selective() if carry == "selective" else None
+        asked = itertools.product(lengths or (2048, 4096, 8192), transports or ("rotate", "heads")[: 1 if given else 2], kernels)
+        cases = [bench.Case(S, getattr(torch, dtype), transport, kernel=kernel, carry=given) for S, transport, kernel in asked]
+        rows = [row for case in cases if (row := bench.measure(ring, case, rounds)) is not None]
+        if ring.rank == 0:
+            click.echo(json.dumps({"rows": bench.as_json(rows)}) if as_json else bench.table(rows))
+    return 0
+
+
+@click.command("eval")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option(
+    "--task", type=click.Choice(["needle", "needles", "variables", "perplexity", "heads", "budgets", "search"]), required=True,
+    help="Find a number in a text; find several with names; follow assignments; predict the text; name the heads that find; "
+    "predict held-out data of `training` from few keys; search the budgets of layers.",
+)  # fmt: skip
+@click.option("--length", type=click.IntRange(min=2), multiple=True, help="Tokens to read; may be repeated.")
+@click.option("--depth", type=click.FloatRange(0, 1), multiple=True, help="Where a needle lies, 0 first, 1 last; may be repeated.")
+@click.option("--document", type=click.Path(path_type=Path), help="The text to read: .txt, or .gz of it; the King James Bible by default.")
+@click.option("--seed", type=int, multiple=True, help="Of what is drawn and where the text begins; 0 by default, may be repeated.")
+@click.option(
+    "--wording", multiple=True,
+    help="Of needles: plain, diary, passkey, letter, ledger, notice, parcel, plate, lottery, bell, library; may be repeated.",
+)  # fmt: skip
+@click.option("--count", type=int, help="Needles, or variables (chains, with --hops), 4 by default; heads to choose, 8 by default.")
+@click.option("--hops", type=int, help="How often a variable's value is handed on; 0 by default.")
+@click.option("--stride", type=int, help="Tokens by which the windows of perplexity slide; keys that a cut of search takes.")
+@click.option("--tokens", type=int, help="With --stride: tokens of the text that the windows slide over.")
+@click.option("--policy", multiple=True, help="Who keeps keys: whole, forgotten, streaming, window, h2o, snapkv, random; may be repeated.")
+@click.option("--budget", type=int, multiple=True, help="Keys that a query sees; may be repeated. Of search, those to begin with.")
+@click.option("--rise", type=float, help="Of the loss, at which search ends; 0.02 by default.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="A folder for the rows as JSON and, of needles and heads, a heat map (needs ringctx[plot]).",
+)
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@click.pass_obj
+def evaluate(
+    typed: Typed,
+    config: Path,
+    document: Path | None,
+    out: Path | None,
+    ranks: int | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+    **said: Any,
+) -> int:
+    """Measure what the model finds, or how well it predicts, by length."""
+    from ringctx.tools import eval as evaluation
+
+    loaded = configuration.load(config, overrides)
+    asked = evaluation.Asked(text=read_document(document or evaluation.SHIPPED), **said)
+    evaluation.check_out(asked, out)
+    if not launch.is_rank() and (ranks or 1) > 1:
+        return launched(ranks or 1, loaded, typed)
+    with ring_of(loaded, ranks, typed.level) as ring:
+        result = evaluation.measure(loaded, ring, asked)
+        if ring.rank == 0:
+            _tell(evaluation, result, out, as_json)
+    return 0
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--document", type=click.Path(path_type=Path), required=True, help="The text to read: .txt, or .gz of it.")
+@click.option("--tokens", type=int, help="Tokens of the text that are read; all by default.")
+@click.option("--rows", type=int, default=512, show_default=True, help="Tokens whose attention is measured, spread evenly.")
+@click.option("--selector", "selectors", multiple=True, help="A kind, or '{kind: a_shape, local: 1024}'; none for none. All by default.")
+@click.option("--out", type=click.Path(path_type=Path), help="A folder for the measures as JSON, and pictures (needs ringctx[plot]).")
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@click.pass_obj
+def inspect(
+    typed: Typed,
+    config: Path,
+    document: Path,
+    out: Path | None,
+    ranks: int | None,
+    as_json: bool,
+    overrides: tuple[str, ...],
+    selectors: tuple[str, ...],
+    **said: Any,
+) -> int:
+    """Measure a model's attention on a document, head by head: how many keys matter, how far they are, what selectors keep."""
+    from ringctx.tools import inspect as inspection
+    from ringctx.tools.output import make_folder
+
+    loaded = configuration.load(config, overrides)
+    asked = inspection.Asked(text=read_document(document), selectors=inspection.selectors_of(selectors), **said)
+    inspection.check(loaded, asked)
+    make_folder(out, draws=True)
+    if not launch.is_rank() and (ranks or 1) > 1:
+        return launched(ranks or 1, loaded, typed)
+    with ring_of(loaded, ranks, typed.level) as ring:
+        with inspection.bar(ring.rank == 0) as after_layer:
+            result = inspection.measure(loaded, ring, asked, after_layer)
+        if ring.rank == 0:
+            _tell(inspection, result, out, as_json)
+    return 0
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--method", multiple=True, help="As 'rope', 'yarn' or 'coca, dynamic_ntk'; may be repeated. All by default; window always.")
+@click.option("--length", type=click.IntRange(min=2), multiple=True, help="Tokens to read; may be repeated. Up to 16 times training's.")
+@click.option("--seed", type=int, multiple=True, help="Of models; 0 by default, may be repeated.")
+@click.option("--windows", type=click.IntRange(min=1), help="Held-out windows of each length; 32 by default.")
+@click.option("--out", type=click.Path(path_type=Path), help="A folder for the rows as JSON, and a picture (needs ringctx[plot]).")
+@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@click.pass_obj
+def extrapolate(
+    typed: Typed, config: Path, out: Path | None, ranks: int | None, as_json: bool, overrides: tuple[str, ...], **said: Any
+) -> int:
+    """Train small models on short texts and test them on long ones, by many methods of positions."""
+    from ringctx.tools.output import make_folder
+
+    loaded = configuration.load(config, overrides)
+    try:
+        from ringctx.tools import extrapolate as extrapolation
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"`ringctx extrapolate` needs {error.name}, which is not installed; pip install 'ringctx[train]'.") from error
+    asked = extrapolation.check(loaded, extrapolation.Asked(**{name: value for name, value in said.items() if value}))
+    make_folder(out, draws=True)
+    if not launch.is_rank() and (ranks or 1) > 1:
+        return launch.run(ranks or 1, typed.arguments)
+    with ring_of(loaded, ranks, typed.level) as ring:
+        with extrapolation.bar(asked, ring.rank == 0) as after_row:
+            result = extrapolation.measure(loaded, ring, asked, after_row)
+        if ring.rank == 0:
+            _tell(extrapolation, result, out, as_json)
+    return 0
+
+
+def _tell(tool: Any, result: Any, out: Path | None, as_json: bool) -> None:
+    """Print what a tool measured, after it is written where that was asked for."""
+    for path in tool.write(result, out) if out else ():
+        click.echo(f"Wrote {path}.", err=True)
+    click.echo(json.dumps(result.json(), ensure_ascii=False) if as_json else tool.text(result), nl=as_json)
