@@ -19,6 +19,7 @@ from ringctx.methods import branches, extend
 from ringctx.methods.apb import PassingBlocks
 from ringctx.methods.clex import Clex
 from ringctx.methods.encodings import Coca, LogN, Unturned
+from ringctx.methods.forgetting_gate import forgetting_attention
 from ringctx.methods.gau import GatedAttentionUnit
 from ringctx.methods.gaussian import gaussian
 from ringctx.methods.indexer import LightningIndexer, indexed_attention
@@ -238,6 +239,16 @@ def _longnet() -> Method:
         return dilated_attention(q, k, v, reaches=reaches, ring=ring, layout=layout, key_layout=keys, encoding=ROTARY)
 
     return of_function(qkv(2), compute, lambda t, _: whole.longnet(t, reaches, ROTARY))
+
+
+@method("forgetting gate")
+def _forgetting_gate() -> Method:
+    def compute(ring: Ring, layout: Layout | None, keys: Layout, tokens: Tensors) -> Tensor:
+        q, k, v, gates = (tokens[x] for x in ("q", "k", "v", "gates"))
+        return forgetting_attention(q, k, v, gates, ring=ring, layout=layout, key_layout=keys, encoding=ROTARY)
+
+    gates = torch.nn.functional.logsigmoid(drawn(2, S, H) + 2)
+    return of_function(qkv(2) | {"gates": gates}, compute, lambda t, _: whole.forgetting(t, ROTARY))
 
 
 @method("GAU, squared relu")

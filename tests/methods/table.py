@@ -140,6 +140,8 @@ REASONS: dict[tuple[str, str], str] = {
     },
     ("InfLLM's representatives", "golden"): NO_NUMBERS,
     ("Longformer, global projections", "golden"): NO_NUMBERS,
+    ("forgetting gate", "golden"): NO_NUMBERS,
+    ("forgetting gate", "refusals"): "it has no numbers that could be wrong",
     ("DuoAttention", "golden"): "StreamingLLM's keys in the heads that stream",
     **{(name, "refusals"): "it has no numbers that could be wrong" for name in ("rotary by halves", "rotary by neighbours")},
     **{(name, "backward"): NO_TRAINING for name in (*EVICTION, "top-k eviction")},

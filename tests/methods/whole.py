@@ -121,6 +121,19 @@ def apb(tokens: Tensors, how: Any, encoding: Any) -> Tensor:
     return torch.cat(found)
 
 
+def forgetting(tokens: Tensors, encoding: Any) -> Tensor:
+    """Each weight times the product of the gates after its key, up to the query's."""
+    (q, k), length = encoded(tokens, encoding), tokens["q"].shape[1]
+    gates, weights = tokens["gates"].exp().transpose(1, 2), logits_of(q, k).exp()
+    rows = [
+        torch.stack([gates[..., j + 1 : i + 1].prod(-1) if j <= i else torch.zeros_like(gates[..., 0]) for j in range(length)], -1)
+        for i in range(length)
+    ]
+    weights = weights * torch.stack(rows, -2)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return torch.einsum("bhij,bjhe->bihe", weights, tokens["v"].repeat_interleave(q.shape[2] // k.shape[2], 2))
+
+
 def longformer(tokens: Tensors, named: set[int], window: int) -> Tensor:
     """One softmax over window and global columns; rows of global tokens by projections of their own."""
     i = torch.arange(tokens["q"].shape[1])
