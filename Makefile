@@ -20,7 +20,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q
 
 say = @printf '\n== %s\n' $(1)
 
-.PHONY: help setup run test check format lint types imports unit ranks launch exact mutants parity bench triton clean
+.PHONY: help setup run test check format lint types imports unit ranks launch exact mutants parity methods bench triton clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -83,6 +83,9 @@ mutants: $(READY) ## break the code in many ways; every break must be noticed
 
 parity: $(READY) ## greedy tokens on 1 to 4 ranks against transformers' own generate
 	@OMP_NUM_THREADS=1 $(PY) -m tests.parity $(ARGS)
+
+methods: $(READY) ## the tests of every method, and the table of them in docs; about three minutes
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.methods.table
 
 bench: $(READY) ## the measurements of docs/results, rerun
 	@$(BIN)/ringctx bench $(ARGS)

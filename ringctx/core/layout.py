@@ -128,15 +128,21 @@ class Layout:
 
     @classmethod
     def residue(cls, length: int, size: int, dilation: int) -> Self:
-        """Tokens of equal i mod dilation lie together, so a dilated pattern stays within few ranks.
+        """Tokens of equal i mod dilation lie together, so a dilated pattern stays within few ranks: within one where ranks divide dilation.
 
-        length 8, size 2, dilation 4:  0 4 1 5 | 2 6 3 7
+        length 8, size 2, dilation 4:  0 4 1 5 | 2 6 3 7        length 6, size 2, dilation 4:  0 4 1 5 | 2 3
         """
         _check(length, size)
         if dilation < 1:
             raise LayoutError(f"A residue layout needs a dilation of at least 1; got {dilation}.")
         order = tuple(range(c, length, dilation) for c in range(dilation))
         edges = [length * i // size for i in range(size + 1)]
+        borders = list(accumulate(map(len, order), initial=0))
+        if dilation % size == 0:  # whole classes to each rank
+            edges = borders[:: dilation // size]
+        elif size % dilation == 0:  # whole ranks to each class
+            of_class = size // dilation
+            edges = [a + len(c) * i // of_class for a, c in zip(borders, order, strict=False) for i in range(of_class)] + [length]
         return cls(tuple(take(order, [(a, b)]) for a, b in zip(edges, edges[1:], strict=False)))
 
     @classmethod

@@ -169,3 +169,20 @@ def test_the_tap_does_not_change_results(pool: Pool) -> None:
 def _tapped_on_rank(ring: Any, case: Case) -> dict[str, Any]:
     with tapped():
         return on_rank(ring, case)
+
+
+@pytest.mark.parametrize("route", ["auto", "rotate", "fetch"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_atrous_attention_sends_nothing_on_the_residue_layout_where_the_ranks_divide_the_rate(pool: Pool, size: int, route: str) -> None:
+    case = Case(size, 203, "residue", "causal&dilated4", route)  # the layout's dilation is 4 too
+    parts = pool.run(_counted, case, size=size)
+    assert all(
+        part["everything"] == sum(part["told"][way]["header"] for way in ("sent", "received", "back_sent", "back_received"))
+        for part in parts
+    )
+    dense = pool.run(_counted, replace(case, layout="contiguous", route="fetch"), size=size)
+    assert any(sum(part["seen"].values()) for part in dense)
+
+
+def test_atrous_attention_sends_keys_where_the_ranks_do_not_divide_the_rate(pool: Pool) -> None:
+    assert any(sum(part["seen"].values()) for part in pool.run(_counted, Case(3, 203, "residue", "causal&dilated4", "fetch"), size=3))
