@@ -15,6 +15,7 @@ from ringctx.errors import ConfigError
 _POSITIONS = {
     "none": (), "pi": ("factor",), "ntk": ("factor",), "dynamic_ntk": ("factor",),
     "yarn": ("factor", "beta_fast", "beta_slow"), "longrope": ("factor", "short", "long"),
+    "clex": ("factor", "flow"),
 }  # fmt: skip
 """The keys that each kind of attention.positions takes."""
 
@@ -23,7 +24,7 @@ _POSITIONS = {
 class PositionsConfig:
     """How rotary frequencies are rescaled for more tokens than the model was trained on."""
 
-    kind: Literal["none", "pi", "ntk", "dynamic_ntk", "yarn", "longrope"] = "none"
+    kind: Literal["none", "pi", "ntk", "dynamic_ntk", "yarn", "longrope", "clex"] = "none"
     """none leaves the model's own; yarn is the usual choice without fine-tuning; the equations are in ringctx/methods/extend.py."""
     factor: float | None = None
     """How many times the trained length is to be served; dynamic_ntk stretches by the prompt and answer's length, faster with a factor."""
@@ -35,6 +36,8 @@ class PositionsConfig:
     """longrope: what each pair's frequency is divided by up to the trained length."""
     long: tuple[float, ...] = ()
     """longrope: what each pair's frequency is divided by beyond it."""
+    flow: str | None = None
+    """clex: the safetensors file of a trained flow; null for one that has not begun to learn, which is NTK-aware scaling."""
 
     def __post_init__(self) -> None:
         for key in dataclasses.fields(self):

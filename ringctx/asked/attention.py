@@ -6,6 +6,7 @@ Knows configurations and methods. Knows nothing of models, ranks or caches.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from ringctx.core.attention import Attention
 from ringctx.core.pattern import Pattern
 from ringctx.errors import ConfigError
 from ringctx.methods import branches, extend
+from ringctx.methods.clex import flow_of
 from ringctx.methods.encodings import Coca, LogN, Unturned
 from ringctx.methods.rotary import Rotary
 from ringctx.methods.scores import Alibi, Softcap
@@ -116,6 +118,8 @@ def encoding_of(config: PositionsConfig, known: extend.Trained, length: int) -> 
             return extend.yarn(known, factor, config.beta_fast, config.beta_slow)
         case "longrope":
             return extend.longrope(known, factor, length, short=config.short, long=config.long)
+        case "clex":
+            return flow_of(known, math.ceil(factor), config.flow).rotary(length)
     return known.rotary
 
 

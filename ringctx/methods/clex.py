@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 
 from ringctx.errors import ConfigError
 from ringctx.methods.extend import Trained
-from ringctx.methods.rotary import turn
+from ringctx.methods.rotary import Rotary, turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,11 @@ class Clex(nn.Module):
         """Of a sequence of so many tokens, the answer's included."""
         return Flowed(self.frequencies(min(max(1, math.ceil(length / self.trained.length)), self.longest)))
 
+    def rotary(self, length: int) -> Rotary:
+        """The same for inference, as a value of its frequencies."""
+        with torch.no_grad():
+            return Rotary(tuple(self.encoding(length).frequencies.tolist()))
+
     def frequencies(self, t: float) -> Tensor:
         """exp z(t), (d/2); t may be any number from 1, as in training, where it is drawn anew for each batch."""
         z = self._ntk(1.0).log()
@@ -81,3 +86,26 @@ class Clex(nn.Module):
 
     def _index(self) -> Tensor:
         return torch.arange(0, self.trained.width, 2, dtype=self.up.dtype, device=self.up.device)
+
+
+def flow_of(trained: Trained, longest: int, file: str | None) -> Clex:
+    """A flow whose `state_dict` lies in a safetensors file, or without one that which has not begun to learn.
+
+    Raises ConfigError for a file that cannot be read or is of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if file is None:
+        return Clex(trained, longest=longest)
+    try:
+        weights = load_file(file)
+        made = Clex(trained, longest=longest, width=weights["up"].shape[1] // trained.width)
+        made.load_state_dict(weights)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"CLEX's flow {file!r} cannot be used ({reason}); save Clex(...).state_dict() of a model that rotates {trained.width} dims "
+            "with safetensors."
+        ) from error
+    return made

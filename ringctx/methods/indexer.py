@@ -111,7 +111,7 @@ def indexer_loss(
             target = _attention_of(q[n, rows].detach(), keys, seen, scale)
             sums.append(checkpoint(_divergence, index_q[rows], index_keys, w[rows], target, seen, top, use_reentrant=False))
         if not len(at):
-            sums.append(0.0 * index_keys.sum())  # so that a rank without queries takes part in backward
+            sums.append(0.0 * (index_q.sum() + index_keys.sum() + w.sum()))  # so that a rank without queries takes part in backward
     return torch.stack(sums).sum()
 
 

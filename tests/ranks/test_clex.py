@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ringctx import Attention, Layout, Ring, ring_attention
+from ringctx.asked.attention import encoding_of
+from ringctx.config import parse
 from ringctx.errors import ConfigError
 from ringctx.methods.clex import Clex, Flowed
 from ringctx.methods.extend import Trained, ntk
@@ -82,3 +87,18 @@ def test_the_oracle_and_finite_differences_agree() -> None:
     leaves = [p.detach().clone().requires_grad_() for p in (made.up, made.down)]
     assert torch.autograd.gradcheck(out, leaves)
     assert error(out(*leaves), dense(Attention(encoding=made.encoding(45)), q, k, v).out) < 1e-12
+
+
+def test_a_configuration_reads_a_flow_and_without_one_is_ntk(tmp_path: Path) -> None:
+    made, file = flow(), tmp_path / "flow.safetensors"
+    save_file(made.state_dict(), file)
+    asked = lambda more: encoding_of(parse(f"attention: {{positions: {{kind: clex, factor: 4{more}}}}}").positions, TRAINED, S)
+    assert torch.allclose(torch.tensor(asked(f", flow: '{file}'").frequencies).double(), made.frequencies(3), rtol=1e-6)
+    assert torch.allclose(torch.tensor(asked("").frequencies), torch.tensor(ntk(TRAINED, 5.0).frequencies), rtol=2e-5)
+    with pytest.raises(ConfigError, match="CLEX's flow .* cannot be used"):
+        asked(f", flow: '{tmp_path / 'none'}'")
+    save_file({"up": torch.zeros(3, 7), "down": torch.zeros(7, 3)}, file)
+    with pytest.raises(ConfigError, match="a model that rotates 8 dims"):
+        asked(f", flow: '{file}'")
+    with pytest.raises(ConfigError, match="flow means nothing with kind yarn"):
+        parse("attention: {positions: {kind: yarn, factor: 4, flow: x}}")

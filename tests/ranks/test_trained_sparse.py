@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ringctx import Attention, ConfigError, Layout, LayoutError, Ring, Unsupported, ring_attention
 from ringctx.methods.apb import PassingBlocks, RetainingHead
+from ringctx.methods.forgetting_gate import forgetting_attention
 from ringctx.methods.indexer import Indexed, LightningIndexer, index_scores, indexed_attention, indexer_loss
 from ringctx.methods.longformer import dilated_attention, longformer_attention
 from ringctx.methods.nsa import NativeSparse
@@ -168,3 +169,35 @@ def test_tokens_and_reaches_that_are_not_there_are_refused() -> None:
         longformer_attention((q, k, v), (q, k, v), tokens={64}, window=3, **ALONE)
     with pytest.raises(ConfigError, match="no reaches"):
         dilated_attention(q, k, v, reaches=(), **ALONE)
+
+
+def everything(ring: Ring, length: int, kind: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """This rank's outs of every function here, the gradients of its q, k, v, and its share of the indexer's."""
+    torch.manual_seed(0)
+    layout, index = getattr(Layout, kind)(length, ring.size), LightningIndexer(12, 3, 4).double()
+    at = layout.indices(ring.rank)
+    q, k, v = (torch.randn(2, length, h, 8, dtype=torch.float64)[:, at].requires_grad_() for h in (4, 2, 2))
+    gates, fading, scores, x = (torch.rand(2, length, *tail, dtype=torch.float64)[:, at] for tail in ((4, 3), (4,), (2,), (12,)))
+    said, where = index(x, at), {"ring": ring, "layout": layout}
+    outs = [
+        NativeSparse(3, 2, 2).attend(q, k, v, gates, **where),
+        indexed_attention(q, k, v, said, top=3, **where),
+        PassingBlocks(2, 1, 1, max(1, length - 1)).attend(q, k, v, scores, **where),
+        dilated_attention(q, k, v, reaches=((2, 1), (4, 2)), **where),
+        longformer_attention((q, k, v), (q, k, v), tokens={0}, window=1, **where),
+        forgetting_attention(q, k, v, -fading, **where),
+    ]
+    (torch.stack([out.square().sum() for out in outs]).sum() + indexer_loss(q, k, said, **where)).backward()
+    zeros = lambda some: [torch.zeros_like(one) if one.grad is None else one.grad for one in some]
+    return [out.detach() for out in outs], zeros((q, k, v)), zeros(index.parameters())
+
+
+@pytest.mark.parametrize(("length", "size", "kind"), [(1, 3, "zigzag"), (3, 4, "contiguous"), (5, 3, "striped")])
+def test_ranks_without_tokens_take_part_forward_and_backward(pool: Pool, length: int, size: int, kind: str) -> None:
+    wanted, parts = everything(Ring.alone(), length, "contiguous"), pool.run(everything, length, kind, size=size)
+    layout = getattr(Layout, kind)(length, size)
+    for which in (0, 1):
+        for n, want in enumerate(wanted[which]):
+            assert torch.allclose(layout.unshard([part[which][n] for part in parts]), want, rtol=1e-10, atol=1e-10)
+    for n, want in enumerate(wanted[2]):
+        assert torch.allclose(torch.stack([part[2][n] for part in parts]).sum(0), want, rtol=1e-10, atol=1e-12)

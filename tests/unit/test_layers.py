@@ -288,8 +288,9 @@ def test_keys_that_were_evicted_are_not_attended_by_branches_of_a_layer():
 
 def test_the_blocks_that_the_documentation_shows_are_read():
     page = (Path(__file__).parents[2] / "configs" / "README.md").read_text()
-    *shown, pruned = (parse(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.S))
-    last, fourth, unturned, duo = (by_layer(config.attention, 30, 9) for config in shown)
+    last, fourth, unturned, big_bird, duo, pruned = (parse(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.S))
+    assert big_bird.attention.pattern.kind == "bigbird" and [score.kind for score in big_bird.attention.scores] == ["alibi"]
+    last, fourth, unturned, duo = (by_layer(config.attention, 30, 9) for config in (last, fourth, unturned, duo))
     assert pruned.cache.evict.budgets == (64,) and pruned.carries
     windowed = AttentionConfig(window=1024, sinks=4)
     assert [parts[0][1] == WHOLE for parts in last.values()] == [False] * 29 + [True]
