@@ -85,7 +85,8 @@ def indexed_attention(
     index: its q and w of these queries, its k of these keys; no gradient reaches it. attention: causal; the choice narrows its pattern.
     layout: as in ring_attention; None while decoding, when every rank holds the newest tokens, the last of key_layout, without backward.
     """
-    sight, found = sight_at(q, ring, layout, key_layout, 1.0), []
+    method, found = f"attention to {top} indexed keys", list[Tensor]()
+    sight = sight_at(method, q, k, ring=ring, layout=layout, key_layout=key_layout)
     for n in range(len(q)):
         pattern = attention.pattern & _choose(sight, top, *(x.detach() for x in index.row(n)))
         found.append(attend(sight, replace(attention, pattern=pattern), *(x[n : n + 1] for x in (q, k, v))))
@@ -100,8 +101,8 @@ def indexer_loss(
     q (b s h d), k (b s g d): the model's, encoded; they get no gradient, and k travels to every rank. top: None for the warm-up over all
     keys before a query, or as many as are chosen. Tiles of rows are computed again in backward.
     """
+    at = places(sight_at(f"an indexer's loss, top {top}", q, k, ring=ring, layout=layout, key_layout=None), q)
     sums = []
-    at = layout.indices(ring.rank, q.device)
     for n in range(len(q)):
         keys, j = whole(ring, k[n].detach(), layout, KIND)
         index_q, index_k, w = index.row(n)

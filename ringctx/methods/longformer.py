@@ -74,7 +74,7 @@ def dilated_attention(
     """
     if not reaches:
         raise ConfigError("dilated_attention was given no reaches; write pairs of a segment and a rate, such as ((2048, 1), (4096, 2)).")
-    sight = sight_at(q, ring, layout, key_layout, 1.0)
+    sight = sight_at(f"dilated attention {tuple(reaches)}", q, k, ring=ring, layout=layout, key_layout=key_layout)
     pattern = lambda segment, rate: causal() & own_block(segment) & dilated(rate)
     parts = [attend_with_lse(sight, Attention(pattern=pattern(*reach), encoding=encoding), q, k, v) for reach in reaches]
     weights = torch.stack([lse for _, lse in parts]).softmax(0).unsqueeze(-1)  # a row sees itself in every reach: no row is all -inf

@@ -11,22 +11,45 @@ from torch import Tensor
 from ringctx.core.attention import Attention
 from ringctx.core.decode import decode_with_lse
 from ringctx.core.entry import ring_attention
+from ringctx.core.header import agree
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
 from ringctx.core.select import Sight
 from ringctx.errors import LayoutError
 
 
-def sight_at(q: Tensor, ring: Ring, layout: Layout | None, key_layout: Layout | None, scale: float) -> Sight:
-    """Where q (b s h d) and the keys live. layout None: decoding, when all ranks hold the newest tokens, the last of key_layout.
+def sight_at(
+    method: object, q: Tensor, k: Tensor, *, ring: Ring, layout: Layout | None, key_layout: Layout | None, scale: float = 1.0
+) -> Sight:
+    """Where q (b s h d) and k (b n g d) live, once all ranks agree on it. layout None: decoding, when all hold the newest tokens.
 
-    Raises LayoutError where neither layout is given.
+    method: printed by its content, the same on every rank. Raises LayoutError where neither layout is given or a tensor does not fit,
+    RanksDisagree.
     """
     keys = key_layout or layout
     if keys is None:
         raise LayoutError("Decoding was asked without a layout of the keys; pass key_layout=..., in which the newest tokens are the last.")
-    newest = Layout(((range(max(0, keys.length - q.shape[1]), keys.length),), *((),) * (ring.size - 1)))
-    return Sight(ring, layout or newest, keys, scale, decoding=layout is None)
+    newest = Layout(((range(max(0, keys.length - q.shape[1]), keys.length),), *((),) * (keys.size - 1)))
+    sight = Sight(ring, layout or newest, keys, scale, decoding=layout is None)
+    facts = {"call": method, "batch": q.shape[0], "heads": (q.shape[2], *k.shape[2:]), "dtype": q.dtype, "decoding": sight.decoding}
+    agree(ring, facts | {"layout": str(sight.layout), "key layout": str(keys)}, _problem(sight, q, k))
+    return sight
+
+
+def _problem(sight: Sight, q: Tensor, k: Tensor) -> LayoutError | None:
+    """Why these tensors are not this rank's, or None."""
+    if not sight.ring.size == sight.layout.size == sight.key_layout.size:
+        return LayoutError(
+            f"The ring has {sight.ring.size} ranks, and the layouts {sight.layout.size} and {sight.key_layout.size}; "
+            f"make them for {sight.ring.size}."
+        )
+    have = q.shape[1], k.shape[1]
+    want = sight.layout.count(0 if sight.decoding else sight.ring.rank), sight.key_layout.count(sight.ring.rank)
+    if have != want:
+        return LayoutError(
+            f"q and k have {have[0]} and {have[1]} tokens, but the layouts give rank {sight.ring.rank} {want[0]} and {want[1]}."
+        )
+    return None
 
 
 def places(sight: Sight, q: Tensor) -> Tensor:

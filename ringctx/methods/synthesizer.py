@@ -16,6 +16,7 @@ Knows indices. Knows nothing of ranks. Letters: b batch, s tokens here, h heads,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from ringctx.core.attention import Attention
 from ringctx.core.entry import ring_attention
 from ringctx.core.gathered import whole
+from ringctx.core.header import agree
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Causal, Pattern
 from ringctx.core.ring import Ring
@@ -208,15 +210,15 @@ class FactorisedDense(nn.Module):
     def forward(self, x: Tensor, v: Tensor, *, ring: Ring, layout: Layout, pattern: Pattern = Causal()) -> Tensor:
         """x (b s c) and v (b s h e) of this rank -> (b s h e), a sequence at a time."""
         _check(self.widths[0] * self.widths[1], layout)
-        rows = self.rows(x).unflatten(-1, (self.heads, -1))
-        found = []
+        agree(ring, {"call": "Synthesizer, factorised dense", "widths": self.widths, "values": v.shape[2:], "layout": str(layout)})
+        rows, found = self.rows(x).unflatten(-1, (self.heads, -1)), list[Any]()
         for mine, values in zip(rows, v, strict=True):
             every, _ = whole(ring, mine, layout, "scores")
             outer, inner = every.transpose(0, 1).split(self.widths, -1)
             nothing = values.new_zeros(1, *values.shape[:2], 0)
             attention = Attention(pattern=pattern, scores=(OuterBias(outer, inner),), scale=1.0)
             found.append(ring_attention(nothing, nothing, values[None], ring=ring, layout=layout, attention=attention))
-        return torch.cat(found)  # type: ignore[arg-type]
+        return torch.cat(found)
 
 
 def _check(length: int, layout: Layout) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ringctx import Attention, ConfigError, Layout, LayoutError, Ring, Unsupported, ring_attention
+from ringctx import Attention, ConfigError, Layout, LayoutError, RanksDisagree, Ring, Unsupported, ring_attention
 from ringctx.methods.apb import PassingBlocks, RetainingHead
 from ringctx.methods.forgetting_gate import forgetting_attention
 from ringctx.methods.indexer import Indexed, LightningIndexer, index_scores, indexed_attention, indexer_loss
@@ -201,3 +201,18 @@ def test_ranks_without_tokens_take_part_forward_and_backward(pool: Pool, length:
             assert torch.allclose(layout.unshard([part[which][n] for part in parts]), want, rtol=1e-10, atol=1e-10)
     for n, want in enumerate(wanted[2]):
         assert torch.allclose(torch.stack([part[2][n] for part in parts]).sum(0), want, rtol=1e-10, atol=1e-12)
+
+
+def disagreement(ring: Ring) -> str:
+    layout = Layout.contiguous(N, ring.size)
+    q, k, v, _ = (layout.shard(x, ring.rank) for x in golden_inputs(1, 4, N, 8, 2))
+    with pytest.raises(RanksDisagree) as refused:
+        NativeSparse(8, 3 + ring.rank, 8).attend(q, k, v, torch.ones(*q.shape[:3], 3), ring=ring, layout=layout)
+    return str(refused.value)
+
+
+def test_ranks_that_were_asked_otherwise_say_so_before_anything_moves(pool: Pool) -> None:
+    assert all("blocks=3" in said and "blocks=4" in said and "on rank 1" in said for said in pool.run(disagreement, size=2))
+    q, k, v, _ = golden_inputs(1, 4, N, 8, 2)
+    with pytest.raises(LayoutError, match="q and k have 64 and 64 tokens, but the layouts give rank 0 60 and 60"):
+        dilated_attention(q, k, v, reaches=((2, 1),), ring=Ring.alone(), layout=Layout.contiguous(60, 1))
