@@ -8,6 +8,7 @@ from __future__ import annotations
 from tests.mutations.branches import BRANCHES
 from tests.mutations.calls import CALLS_AND_CACHES
 from tests.mutations.carries import CARRIES
+from tests.mutations.functions import FUNCTIONS
 from tests.mutations.kinds import Mutation
 from tests.mutations.masks import WHO_SEES_WHOM
 from tests.mutations.scores import HEADS_AND_SCORES
@@ -15,4 +16,14 @@ from tests.mutations.sums import SUMS
 from tests.mutations.training import TRAINED
 from tests.mutations.travel import TRAVEL
 
-MUTATIONS: tuple[Mutation, ...] = (*TRAVEL, *SUMS, *WHO_SEES_WHOM, *HEADS_AND_SCORES, *BRANCHES, *CALLS_AND_CACHES, *CARRIES, *TRAINED)
+MUTATIONS: tuple[Mutation, ...] = (
+    *TRAVEL,
+    *SUMS,
+    *WHO_SEES_WHOM,
+    *HEADS_AND_SCORES,
+    *BRANCHES,
+    *CALLS_AND_CACHES,
+    *CARRIES,
+    *TRAINED,
+    *FUNCTIONS,
+)
