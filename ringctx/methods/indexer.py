@@ -24,7 +24,7 @@ from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
 from ringctx.core.ring import Ring
 from ringctx.core.select import Sight
-from ringctx.methods.selectors.summaries import KIND, chosen, largest
+from ringctx.methods.selectors.summaries import KIND, at_least_one, chosen, largest
 from ringctx.methods.sighted import attend, places, sight_at
 
 ROWS = 256
@@ -85,6 +85,7 @@ def indexed_attention(
     index: its q and w of these queries, its k of these keys; no gradient reaches it. attention: causal; the choice narrows its pattern.
     layout: as in ring_attention; None while decoding, when every rank holds the newest tokens, the last of key_layout, without backward.
     """
+    at_least_one("indexed_attention", top=top)
     method, found = f"attention to {top} indexed keys", list[Tensor]()
     sight = sight_at(method, q, k, ring=ring, layout=layout, key_layout=key_layout)
     for n in range(len(q)):
@@ -108,9 +109,8 @@ def indexer_loss(
         index_q, index_k, w = index.row(n)
         index_keys, _ = whole(ring, index_k, layout, KIND)
         for rows in _tiles(len(at)):
-            seen = j.to(q.device) <= at[rows, None]
-            target = _attention_of(q[n, rows].detach(), keys, seen, scale)
-            sums.append(checkpoint(_divergence, index_q[rows], index_keys, w[rows], target, seen, top, use_reentrant=False))
+            seen_by = (q[n, rows].detach(), keys, j.to(q.device), at[rows], top, scale)
+            sums.append(checkpoint(_divergence, index_q[rows], index_keys, w[rows], *seen_by, use_reentrant=False))
         if not len(at):
             sums.append(0.0 * (index_q.sum() + index_keys.sum() + w.sum()))  # so that a rank without queries takes part in backward
     return torch.stack(sums).sum()
@@ -135,9 +135,13 @@ def _attention_of(q: Tensor, k: Tensor, seen: Tensor, scale: float | None) -> Te
     return logits.masked_fill(~seen, -torch.inf).softmax(-1).mean((0, 1))
 
 
-def _divergence(q: Tensor, k: Tensor, w: Tensor, target: Tensor, seen: Tensor, top: int | None) -> Tensor:
-    """sum_t KL(target_t || softmax I_t), over the chosen keys with top."""
-    scores = index_scores(q, k, w)
+def _divergence(
+    index_q: Tensor, index_k: Tensor, w: Tensor, q: Tensor, k: Tensor, j: Tensor, at: Tensor, top: int | None, scale: float | None
+) -> Tensor:
+    """sum_t KL(attention_t || softmax I_t) of the queries at these indices, over the chosen keys with top."""
+    seen = j <= at[:, None]
+    target = _attention_of(q, k, seen, scale)
+    scores = index_scores(index_q, index_k, w)
     if top is not None:
         seen = largest(scores.detach().masked_fill(~seen, -torch.inf), top)
         target = target * seen

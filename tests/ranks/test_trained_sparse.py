@@ -167,6 +167,8 @@ def test_tokens_and_reaches_that_are_not_there_are_refused() -> None:
     q, k, v, _ = golden_inputs(1, 4, N, 8, 2)
     with pytest.raises(LayoutError, match="0 to 63 here"):
         longformer_attention((q, k, v), (q, k, v), tokens={64}, window=3, **ALONE)
+    with pytest.raises(ConfigError, match=r"indexed_attention\(top=...\) was given 0"):
+        indexed_attention(q, k, v, Indexed(q, k[:, :, 0], q[..., 0]), top=0, **ALONE)
     with pytest.raises(ConfigError, match="no reaches"):
         dilated_attention(q, k, v, reaches=(), **ALONE)
 
