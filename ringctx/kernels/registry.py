@@ -13,10 +13,11 @@ from ringctx.errors import ConfigError, Unsupported
 from ringctx.kernels.base import Call, Kernel
 from ringctx.kernels.flash import Flash
 from ringctx.kernels.flex import Flex
+from ringctx.kernels.native import Native
 from ringctx.kernels.reference import Reference
 from ringctx.kernels.sdpa import Sdpa
 
-REGISTRY: tuple[Kernel, ...] = (Flash(), Sdpa(), Flex(), Reference())
+REGISTRY: tuple[Kernel, ...] = (Flash(), Native(), Sdpa(), Flex(), Reference())
 """Kernels that "auto" tries, best first."""
 
 BY_NAME_ONLY: tuple[Kernel, ...] = (Sdpa("precise", precise=True),)

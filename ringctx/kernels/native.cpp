@@ -1,0 +1,407 @@
+// Attention of one tile in bfloat16 on CPUs with AMX: forward and backward, products and sums in fp32.
+//
+// Everything is made of one product, of blocks of 32 x 32. A block lies in one of three ways:
+//   plain   [32 rows][32 columns] bf16: a left factor.
+//   paired  [2 halves][16 pairs of rows][16 columns][2] bf16: a right factor. Row 2i and 2i + 1 of a column lie side by side.
+//   sums    [2 halves][32 rows][16 columns] fp32: what products add up to.
+// Forward keeps, of each row of scores, the largest y (in base 2) and the sum of 2^(y - largest), online (Milakov & Gimelshein 2018,
+// Dao et al. 2022). The largest moves only when a row grows by more than 2^8: until then sums just have another unit.
+// Backward works on transposed scores, keys down and queries across, so that lse and delta are vectors along a row:
+//   P' = 2^(y' - lse)   dV += P' dO   dS' = P' (V dO' - delta)   dK += dS' Q   (dQ)' += K' dS'
+// Letters: b batch, s queries, n keys, h query heads, g key heads, d key width, e value width; widths are multiples of 32.
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+using u16 = uint16_t;
+constexpr int EDGE = 32, BLOCK = EDGE * EDGE;   // of a block, in numbers
+constexpr int WIDEST = 256 / EDGE;              // blocks across the widest head
+constexpr int KEYS = 8, QUERIES = 4;            // blocks of keys that forward takes at once; of queries that share them
+constexpr int SQUARE = 4;                       // blocks along the edge of what backward takes at once
+constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f, SLACK = 8.0f;
+
+#define INLINE __attribute__((always_inline)) inline
+
+// Numbers, 0 at first, that begin at a multiple of 64 bytes.
+template <typename T>
+struct Numbers {
+    size_t size;
+    T *at;
+    explicit Numbers(int64_t count) : size(count), at((T *)std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)) { zero(); }
+    Numbers(const Numbers &) = delete;
+    ~Numbers() { std::free(at); }
+    void zero() { std::memset(at, 0, size * sizeof(T)); }
+};
+
+// A tensor (b s h d) as it lies in memory, in numbers; its last dim is contiguous.
+struct View {
+    const u16 *at;
+    int64_t b, s, h;
+    const u16 *row(int64_t i, int64_t j, int64_t k) const { return at + i * b + j * s + k * h; }
+};
+
+// -- tiles ------------------------------------------------------------------------------------------------------------------
+
+// Ask the kernel for AMX's registers, once a process; false where it has none.
+static bool permitted() {
+    static const bool is = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+    return is;
+}
+
+// Eight registers of 16 rows of 64 bytes, for as long as this lives; each thread has its own.
+struct Registers {
+    Registers() {
+        struct alignas(64) { uint8_t palette = 1, start = 0, none[14] = {0}; uint16_t bytes[16] = {0}; uint8_t rows[16] = {0}; } wanted;
+        for (int n = 0; n < 8; n++) wanted.bytes[n] = 64, wanted.rows[n] = 16;
+        _tile_loadconfig(&wanted);
+    }
+    ~Registers() { _tile_release(); }
+};
+
+// sums (+)= the n products of plain blocks a, a + step_a, ... with paired blocks b, b + step_b, ...
+static INLINE void multiply(float *sums, const u16 *a, int step_a, const u16 *b, int step_b, int n, bool add) {
+    if (add) {
+        _tile_loadd(0, sums, 64); _tile_loadd(1, sums + 512, 64); _tile_loadd(2, sums + 256, 64); _tile_loadd(3, sums + 768, 64);
+    } else {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    }
+    for (int i = 0; i < n; i++, a += step_a, b += step_b) {
+        _tile_loadd(4, a, 64); _tile_loadd(5, a + 512, 64); _tile_loadd(6, b, 64); _tile_loadd(7, b + 512, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, 64); _tile_stored(1, sums + 512, 64); _tile_stored(2, sums + 256, 64); _tile_stored(3, sums + 768, 64);
+}
+
+// -- blocks from rows -----------------------------------------------------------------------------------------------------------
+
+// Up to 32 rows of 32 columns, `stride` apart, as a plain block; missing rows are 0.
+static void plain(u16 *block, const u16 *from, int64_t stride, int rows) {
+    for (int r = 0; r < EDGE; r++)
+        _mm512_storeu_si512(block + r * EDGE, r < rows ? _mm512_loadu_si512(from + r * stride) : _mm512_setzero_si512());
+}
+
+// The same as a paired block.
+static void paired(u16 *block, const u16 *from, int64_t stride, int rows) {
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < 16; i++, block += EDGE) {
+            auto row = [&](int r) {
+                return r < rows ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from + r * stride + half * 16)))
+                                : _mm512_setzero_si512();
+            };
+            _mm512_storeu_si512(block, _mm512_or_si512(row(2 * i), _mm512_slli_epi32(row(2 * i + 1), 16)));
+        }
+}
+
+// Its transpose as a paired block: columns become rows, two of which lie side by side in memory already.
+static void paired_transpose(u16 *block, const u16 *from, int64_t stride, int rows) {
+    alignas(64) uint32_t out[2][16][16];
+    for (int r = 0; r < EDGE; r++) {
+        alignas(64) uint32_t pairs[16];
+        _mm512_store_si512(pairs, r < rows ? _mm512_loadu_si512(from + r * stride) : _mm512_setzero_si512());
+        for (int i = 0; i < 16; i++) out[r / 16][i][r % 16] = pairs[i];
+    }
+    std::memcpy(block, out, sizeof out);
+}
+
+// Its transpose as a plain block.
+static void plain_transpose(u16 *block, const u16 *from, int64_t stride, int rows) {
+    for (int r = 0; r < EDGE; r++)
+        for (int c = 0; c < EDGE; c++) block[c * EDGE + r] = r < rows ? from[r * stride + c] : 0;
+}
+
+// All rows of one head (s d) as blocks [block of rows][block of columns], by one of the above.
+template <typename Pack>
+static void pack(Pack as, u16 *blocks, const View &x, int64_t b, int64_t h, int64_t s, int64_t d) {
+    for (int64_t r = 0; r < s; r += EDGE)
+        for (int64_t c = 0; c < d; c += EDGE, blocks += BLOCK) as(blocks, x.row(b, r, h) + c, x.s, (int)std::min<int64_t>(EDGE, s - r));
+}
+
+static int64_t blocks_of(int64_t rows) { return (rows + EDGE - 1) / EDGE; }
+
+// -- vectors of 16 ----------------------------------------------------------------------------------------------------------------
+
+// 2^y to about 2e-6; 0 far below.
+static INLINE __m512 exp2_of(__m512 y) {
+    const __m512 whole = _mm512_roundscale_ps(y, 8), x = _mm512_sub_ps(y, whole);
+    __m512 p = _mm512_set1_ps(1.3333558e-3f);
+    for (float c : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f}) p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, whole);
+}
+
+// Two vectors of fp32 as 32 numbers in bf16, low first.
+static INLINE __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+// Two rows of fp32 as pairs in bf16: of each column the number of the even row, then of the odd one.
+static INLINE __m512i pairs(__m512 even, __m512 odd) {
+    const __m512i both = halves(even, odd);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// The lanes of 16 columns that lie below `limit`, the first column being `at`.
+static INLINE __mmask16 below(int64_t at, int64_t limit) {
+    const int64_t seen = limit - at;
+    return seen >= 16 ? 0xffff : seen <= 0 ? 0 : (__mmask16)((1u << seen) - 1);
+}
+
+// -- forward ------------------------------------------------------------------------------------------------------------------------
+
+// 32 rows of queries under way.
+struct Rows {
+    alignas(64) u16 q[WIDEST * BLOCK];
+    alignas(64) float out[WIDEST * BLOCK];
+    alignas(64) float sum[EDGE * 16];  // of each row, lane by lane
+    float largest[EDGE], shrink[EDGE];
+    bool shrinks;
+
+    void begin(const View &x, int64_t b, int64_t first, int64_t h, int64_t s, int64_t d) {
+        for (int64_t c = 0; c < d; c += EDGE) plain(q + c * EDGE, x.row(b, first, h) + c, x.s, (int)std::min<int64_t>(EDGE, s - first));
+        std::memset(out, 0, sizeof out), std::memset(sum, 0, sizeof sum);
+        std::fill(largest, largest + EDGE, UNSEEN), std::fill(shrink, shrink + EDGE, 1.0f);
+        shrinks = false;
+    }
+};
+
+// One row of scores [block][half][row][16] over `count` blocks of keys -> its weights as plain blocks. seen: keys that the row sees.
+static INLINE void weigh(Rows &rows, const float *scores, u16 *weights, int r, int count, float scale, int64_t seen) {
+    __m512 y[2 * KEYS], largest = _mm512_set1_ps(UNSEEN);
+    for (int i = 0; i < 2 * count; i++) {
+        y[i] = _mm512_mask_mul_ps(_mm512_set1_ps(UNSEEN), below(i * 16, seen), _mm512_load_ps(scores + i * 512 + r * 16), _mm512_set1_ps(scale));
+        largest = _mm512_max_ps(largest, y[i]);
+    }
+    __m512 sum = _mm512_load_ps(rows.sum + r * 16);
+    if (__builtin_expect(_mm512_cmp_ps_mask(largest, _mm512_set1_ps(rows.largest[r] + SLACK), _CMP_GT_OQ), 0)) {
+        const float now = _mm512_reduce_max_ps(largest), shrink = std::exp2(rows.largest[r] - now);
+        rows.largest[r] = now, rows.shrink[r] = shrink, rows.shrinks = true;
+        sum = _mm512_mul_ps(sum, _mm512_set1_ps(shrink));
+    }
+    const __m512 unit = _mm512_set1_ps(rows.largest[r]);
+    for (int i = 0; i < 2 * count; i += 2) {
+        const __m512 low = exp2_of(_mm512_sub_ps(y[i], unit)), high = exp2_of(_mm512_sub_ps(y[i + 1], unit));
+        sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+        _mm512_store_si512(weights + i / 2 * BLOCK + r * EDGE, halves(low, high));
+    }
+    _mm512_store_ps(rows.sum + r * 16, sum);
+}
+
+// What was added up so far, in the new unit of its row.
+static void shrink(Rows &rows, int64_t e) {
+    for (int r = 0; r < EDGE; r++) {
+        if (rows.shrink[r] == 1.0f) continue;
+        for (int64_t c = 0; c < e; c += 16) {
+            float *part = rows.out + c / 16 * 512 + r * 16;
+            _mm512_store_ps(part, _mm512_mul_ps(_mm512_load_ps(part), _mm512_set1_ps(rows.shrink[r])));
+        }
+        rows.shrink[r] = 1.0f;
+    }
+    rows.shrinks = false;
+}
+
+struct Forward {
+    alignas(64) float scores[KEYS * BLOCK];
+    alignas(64) u16 weights[KEYS * BLOCK];
+    Rows rows[QUERIES];
+};
+
+struct Shape {
+    int64_t b, s, n, h, g, d, e;
+    bool causal;
+    float scale;
+};
+
+// Query blocks `first` to `last` of one head: k paired by columns, v paired by rows, as `pack` leaves them.
+static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first, int64_t last) {
+    const int wide = of.d / EDGE, tall = of.e / EDGE;
+    for (int64_t u = first; u < last; u++) at.rows[u - first].begin(q, b, u * EDGE, h, of.s, of.d);
+    const int64_t end = of.causal ? std::min(of.n, last * EDGE) : of.n;
+    for (int64_t key = 0; key < end; key += KEYS * EDGE)
+        for (int64_t u = first; u < last; u++) {
+            Rows &rows = at.rows[u - first];
+            const int64_t seen = (of.causal ? std::min(of.n, (u + 1) * EDGE) : of.n) - key;
+            const int count = (int)std::min<int64_t>(KEYS, blocks_of(std::max<int64_t>(seen, 0)));
+            const u16 *keys = k + key * of.d, *values = v + key * of.e;
+            for (int t = 0; t < count; t++) multiply(at.scores + t * BLOCK, rows.q, BLOCK, keys + t * wide * BLOCK, BLOCK, wide, false);
+            for (int r = 0; count && r < EDGE; r++)
+                weigh(rows, at.scores, at.weights, r, count, of.scale * LOG2E, of.causal ? std::min(of.n, u * EDGE + r + 1) - key : of.n - key);
+            if (rows.shrinks) shrink(rows, of.e);
+            for (int c = 0; count && c < tall; c++) multiply(rows.out + c * BLOCK, at.weights, BLOCK, values + c * BLOCK, tall * BLOCK, count, true);
+        }
+}
+
+// out (b s h e) and lse (b s h) of these rows, both contiguous.
+static void finish(const Rows &rows, const Shape &of, int64_t b, int64_t h, int64_t u, float *out, float *lse) {
+    for (int64_t r = 0; r < std::min<int64_t>(EDGE, of.s - u * EDGE); r++) {
+        const int64_t row = (b * of.s + u * EDGE + r) * of.h + h;
+        const float sum = _mm512_reduce_add_ps(_mm512_load_ps(rows.sum + r * 16));
+        for (int64_t c = 0; c < of.e; c += 16)
+            _mm512_storeu_ps(out + row * of.e + c, _mm512_div_ps(_mm512_load_ps(rows.out + c / 16 * 512 + r * 16), _mm512_set1_ps(sum)));
+        lse[row] = (rows.largest[r] + std::log2(sum)) / LOG2E;
+    }
+}
+
+// -- backward -----------------------------------------------------------------------------------------------------------------------
+
+// One head of queries, packed: q and dout as right factors both ways, lse in base 2 and delta along the columns of transposed scores.
+struct Packed {
+    Numbers<u16> q_by_columns, q_by_rows, dout_by_columns, dout_by_rows;
+    Numbers<float> lse, delta, dq;  // dq: sums, transposed, [block of queries][block of columns]
+    Packed(int64_t rows, int64_t d, int64_t e)
+        : q_by_columns(rows * d), q_by_rows(rows * d), dout_by_columns(rows * e), dout_by_rows(rows * e), lse(rows), delta(rows), dq(rows * d) {}
+};
+
+struct Backward {
+    alignas(64) float scores[BLOCK], slopes[BLOCK];
+    alignas(64) u16 weights[SQUARE * SQUARE * BLOCK], plain_ds[SQUARE * SQUARE * BLOCK], paired_ds[SQUARE * SQUARE * BLOCK];
+};
+
+// Transposed scores and slopes of 32 keys by 32 queries -> P' and dS' as left factors, dS' as a right one. Key first + r, query at + c.
+static INLINE void differentiate(const float *scores, const float *slopes, const float *lse, const float *delta, float scale, u16 *weights,
+                                 u16 *plain_ds, u16 *paired_ds, bool cut) {
+    for (int r = 0; r < EDGE; r += 2) {
+        __m512 p[2][2], ds[2][2];
+        for (int half = 0; half < 2; half++)
+            for (int odd = 0; odd < 2; odd++) {
+                const int at = half * 512 + (r + odd) * 16;
+                const __m512 y = _mm512_fmsub_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(scale * LOG2E), _mm512_loadu_ps(lse + half * 16));
+                const __mmask16 seen = cut ? (__mmask16)~below(half * 16, r + odd) : 0xffff;  // on the diagonal: queries from the key on
+                p[odd][half] = _mm512_maskz_mov_ps(seen, exp2_of(y));
+                const __m512 slope = _mm512_sub_ps(_mm512_load_ps(slopes + at), _mm512_loadu_ps(delta + half * 16));
+                ds[odd][half] = _mm512_mul_ps(_mm512_mul_ps(p[odd][half], slope), _mm512_set1_ps(scale));
+            }
+        for (int odd = 0; odd < 2; odd++) {
+            _mm512_store_si512(weights + (r + odd) * EDGE, halves(p[odd][0], p[odd][1]));
+            _mm512_store_si512(plain_ds + (r + odd) * EDGE, halves(ds[odd][0], ds[odd][1]));
+        }
+        for (int half = 0; half < 2; half++) _mm512_store_si512(paired_ds + half * 512 + r * 16, pairs(ds[0][half], ds[1][half]));
+    }
+}
+
+// Blocks of keys from `key`, of queries from `query`, SQUARE of each: their part of dk, dv (sums, [block of keys][block of columns]) and dq.
+static void square(Backward &at, const Shape &of, Packed &x, const u16 *k, const u16 *k_transposed, const u16 *v, float *dk, float *dv,
+                   int64_t key, int64_t query) {
+    const int wide = of.d / EDGE, tall = of.e / EDGE;
+    const int keys = (int)std::min<int64_t>(SQUARE, blocks_of(of.n) - key), queries = (int)std::min<int64_t>(SQUARE, blocks_of(of.s) - query);
+    for (int i = 0; i < keys; i++)
+        for (int j = of.causal ? (int)std::max<int64_t>(0, key + i - query) : 0; j < queries; j++) {
+            const int64_t u = query + j;
+            const int to = (i * SQUARE + j) * BLOCK;
+            multiply(at.scores, k + (key + i) * wide * BLOCK, BLOCK, x.q_by_columns.at + u * wide * BLOCK, BLOCK, wide, false);
+            multiply(at.slopes, v + (key + i) * tall * BLOCK, BLOCK, x.dout_by_columns.at + u * tall * BLOCK, BLOCK, tall, false);
+            differentiate(at.scores, at.slopes, x.lse.at + u * EDGE, x.delta.at + u * EDGE, of.scale, at.weights + to, at.plain_ds + to,
+                          at.paired_ds + to, of.causal && key + i == u);
+        }
+    for (int i = 0; i < keys; i++) {
+        const int j = of.causal ? (int)std::max<int64_t>(0, key + i - query) : 0, count = queries - j, from = (i * SQUARE + j) * BLOCK;
+        if (count <= 0) continue;
+        for (int c = 0; c < tall; c++)
+            multiply(dv + ((key + i) * tall + c) * BLOCK, at.weights + from, BLOCK, x.dout_by_rows.at + ((query + j) * tall + c) * BLOCK,
+                     tall * BLOCK, count, true);
+        for (int c = 0; c < wide; c++)
+            multiply(dk + ((key + i) * wide + c) * BLOCK, at.plain_ds + from, BLOCK, x.q_by_rows.at + ((query + j) * wide + c) * BLOCK,
+                     wide * BLOCK, count, true);
+    }
+    for (int j = 0; j < queries; j++) {
+        const int count = of.causal ? (int)std::min<int64_t>(keys, query + j - key + 1) : keys;
+        if (count <= 0) continue;
+        for (int c = 0; c < wide; c++)
+            multiply(x.dq.at + ((query + j) * wide + c) * BLOCK, k_transposed + (key * wide + c) * BLOCK, wide * BLOCK, at.paired_ds + j * BLOCK,
+                     SQUARE * BLOCK, count, true);
+    }
+}
+
+// Sums [block of rows][block of columns][half][row][16] -> rows of a contiguous (b s h d).
+static void unpack(float *to, int64_t stride, const float *sums, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < width; c += 16)
+            _mm512_storeu_ps(to + r * stride + c, _mm512_loadu_ps(sums + (r / EDGE * (width / EDGE) + c / EDGE) * BLOCK + c % EDGE / 16 * 512 + r % EDGE * 16));
+}
+
+static void unpack_transposed(float *to, int64_t stride, const float *sums, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < width; c++)
+            to[r * stride + c] = sums[(r / EDGE * (width / EDGE) + c / EDGE) * BLOCK + r % EDGE / 16 * 512 + c % EDGE * 16 + r % 16];
+}
+
+// One key head of one sequence, and all query heads that share it.
+static void differentiate_head(Backward &at, const Shape &of, const View &q, const View &k, const View &v, const View &dout, const float *lse,
+                               const float *delta, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
+    const int64_t rows = blocks_of(of.n) * EDGE, share = of.h / of.g;
+    Numbers<u16> keys(rows * of.d), transposed(rows * of.d), values(rows * of.e);
+    Numbers<float> sums_k(rows * of.d), sums_v(rows * of.e);
+    pack(plain, keys.at, k, b, g, of.n, of.d), pack(plain_transpose, transposed.at, k, b, g, of.n, of.d);
+    pack(plain, values.at, v, b, g, of.n, of.e);
+    Packed x(blocks_of(of.s) * EDGE, of.d, of.e);
+    for (int64_t h = g * share; h < (g + 1) * share; h++) {
+        pack(paired_transpose, x.q_by_columns.at, q, b, h, of.s, of.d), pack(paired, x.q_by_rows.at, q, b, h, of.s, of.d);
+        pack(paired_transpose, x.dout_by_columns.at, dout, b, h, of.s, of.e), pack(paired, x.dout_by_rows.at, dout, b, h, of.s, of.e);
+        for (int64_t i = 0; i < (int64_t)x.lse.size; i++) {
+            const int64_t row = (b * of.s + i) * of.h + h;
+            x.lse.at[i] = i < of.s ? lse[row] * LOG2E : -UNSEEN, x.delta.at[i] = i < of.s ? delta[row] : 0.0f;  // rows that are not there weigh 0
+        }
+        x.dq.zero();
+        for (int64_t key = 0; key < blocks_of(of.n); key += SQUARE)
+            for (int64_t query = of.causal ? key : 0; query < blocks_of(of.s); query += SQUARE)
+                square(at, of, x, keys.at, transposed.at, values.at, sums_k.at, sums_v.at, key, query);
+        unpack_transposed(dq + (b * of.s * of.h + h) * of.d, of.h * of.d, x.dq.at, of.s, of.d);
+    }
+    unpack(dk + (b * of.n * of.g + g) * of.d, of.g * of.d, sums_k.at, of.n, of.d);
+    unpack(dv + (b * of.n * of.g + g) * of.e, of.g * of.e, sums_v.at, of.n, of.e);
+}
+
+// -- what Python calls --------------------------------------------------------------------------------------------------------------
+
+extern "C" {
+
+// Whether this process may use AMX.
+int ringctx_permitted() { return permitted(); }
+
+// sizes: b s n h g d e causal. strides: of q, k, v, three each. out (b s h e) and lse (b s h), contiguous fp32.
+void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const int64_t *strides, const int64_t *sizes, float scale, int threads, float *out,
+                     float *lse) {
+    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, scale};
+    const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]}, v_{v, strides[6], strides[7], strides[8]};
+    const int64_t rows = blocks_of(of.n) * EDGE, runs = (blocks_of(of.s) + QUERIES - 1) / QUERIES;
+    Numbers<u16> keys(of.b * of.g * rows * of.d), values(of.b * of.g * rows * of.e);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t i = 0; i < of.b * of.g; i++) {
+            pack(paired_transpose, keys.at + i * rows * of.d, k_, i / of.g, i % of.g, of.n, of.d);
+            pack(paired, values.at + i * rows * of.e, v_, i / of.g, i % of.g, of.n, of.e);
+        }
+        const Registers registers;
+        const std::unique_ptr<Forward> at(new Forward);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < of.b * of.h * runs; i++) {
+            const int64_t b = i / runs / of.h, h = i / runs % of.h, head = b * of.g + h / (of.h / of.g);
+            const int64_t first = (runs - 1 - i % runs) * QUERIES, last = std::min(first + QUERIES, blocks_of(of.s));  // long rows first
+            attend(*at, of, q_, keys.at + head * rows * of.d, values.at + head * rows * of.e, b, h, first, last);
+            for (int64_t u = first; u < last; u++) finish(at->rows[u - first], of, b, h, u, out, lse);
+        }
+    }
+}
+
+// strides: of q, k, v, dout. lse and delta (b s h), dq (b s h d), dk (b n g d), dv (b n g e), contiguous fp32.
+// A thread takes a key head of a sequence at a time.
+void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const u16 *dout, const int64_t *strides, const float *lse, const float *delta,
+                      const int64_t *sizes, float scale, int threads, float *dq, float *dk, float *dv) {
+    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, scale};
+    const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]}, v_{v, strides[6], strides[7], strides[8]},
+        dout_{dout, strides[9], strides[10], strides[11]};
+#pragma omp parallel num_threads(threads)
+    {
+        const Registers registers;
+        const std::unique_ptr<Backward> at(new Backward);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < of.b * of.g; i++) differentiate_head(*at, of, q_, k_, v_, dout_, lse, delta, dq, dk, dv, i / of.g, i % of.g);
+    }
+}
+}

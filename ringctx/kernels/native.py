@@ -1,0 +1,153 @@
+"""ringctx's own kernel for CPUs with AMX: bfloat16 tiles, forward and backward, compiled on first use from native.cpp.
+
+Knows a compiler, a file in the user's cache and the addresses of tensors. Knows nothing of ranks.
+Letters: b batch, q and k the tile's queries and keys, h query heads, g key/value heads, d key width, e value width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringctx.kernels.base import Call, TileScores
+from ringctx.kernels.sdpa import Sdpa
+from ringctx.kernels.tricks import is_empty, no_gradient, nothing_seen, require_square, rows_of_lse, unit_stride
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = (
+    *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"),
+    *(f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma", "amx-tile", "amx-bf16")),
+)
+EDGE, WIDEST = 32, 256
+"""Widths are multiples of the first, up to the second."""
+
+log = logging.getLogger("ringctx.kernels")
+
+
+class Native:
+    """Whole and causal tiles in bfloat16; out, lse and gradients in fp32. See Kernel for the shapes.
+
+    Fewer than EDGE queries, as while decoding, go to aten's kernel, which packs nothing.
+    """
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._few = Sdpa()
+
+    def why_not(self, call: Call) -> str | None:
+        if call.device != "cpu":
+            return "computes on CPUs only"
+        if call.dtype != torch.bfloat16:
+            return "computes bfloat16 only"
+        for name in ("mask", "bias", "elementwise", "dropout"):
+            if getattr(call, name):
+                return f"takes whole and causal tiles, without {name}"
+        if any(width % EDGE or width > WIDEST for width in (call.d, call.e)):
+            return f"takes widths that are multiples of {EDGE} up to {WIDEST}"
+        if not torch.cpu._is_amx_tile_supported():
+            return "needs a CPU with AMX"
+        return library()[1]
+
+    @torch.no_grad()
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> tuple[Tensor, Tensor]:
+        require_square(q, k, scores)
+        if is_empty(q, k, v):
+            return nothing_seen(q, v)
+        if q.shape[1] < EDGE:
+            return self._few.forward(q, k, v, scores)
+        given = [unit_stride(x) for x in (q, k, v)]
+        out, lse = (q.new_empty(*q.shape[:3], *tail, dtype=torch.float32) for tail in ((v.shape[3],), ()))
+        _call("ringctx_forward", *given, _strides(*given), _sizes(q, k, v, scores), scores.scale, torch.get_num_threads(), out, lse)
+        return out, lse
+
+    @torch.no_grad()
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: TileScores, dlse: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        require_square(q, k, scores)
+        if is_empty(q, k, v):
+            return no_gradient(q, k, v)
+        if q.shape[1] < EDGE:
+            return self._few.backward(dout, q, k, v, out, lse, scores, dlse)
+        delta = (dout.float() * out.float()).sum(-1)
+        if dlse is not None:
+            delta -= dlse
+        given = [unit_stride(x.to(q.dtype)) for x in (q, k, v, dout)]
+        grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
+        rows = rows_of_lse(lse).float().contiguous()
+        _call(
+            *("ringctx_backward", *given, _strides(*given), rows, delta.contiguous(), _sizes(q, k, v, scores)),
+            *(scores.scale, torch.get_num_threads(), *grads),
+        )
+        dq, dk, dv = grads
+        return dq, dk, dv
+
+
+def _call(name: str, *given: Any) -> None:
+    found = library()[0]
+    assert found is not None, "why_not was not asked"
+    getattr(found, name)(*(_as_c(x) for x in given))
+
+
+def _as_c(x: Any) -> Any:
+    """A tensor's address, a number as C has it; what is of C already, as it is."""
+    if isinstance(x, Tensor):
+        return ctypes.c_void_p(x.data_ptr())
+    return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int(x) if isinstance(x, int) else x
+
+
+def _strides(*tensors: Tensor) -> Any:
+    numbers = [step for x in tensors for step in x.stride()[:3]]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> Any:
+    b, s, h, d = q.shape
+    return (ctypes.c_int64 * 8)(b, s, k.shape[1], h, k.shape[2], d, v.shape[3], int(scores.causal))
+
+
+@cache
+def library() -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled kernel, or why there is none, in half a sentence. It is compiled once for a user and a version of the source."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringctx"
+    file = folder / f"native-{hashlib.sha256(SOURCE.read_bytes() + ' '.join(FLAGS).encode()).hexdigest()[:16]}.so"
+    if not file.is_file():
+        if compiler is None:
+            return None, "needs a C++ compiler to be made once (apt install g++)"
+        problem = _compile(compiler, file)
+        if problem:
+            return None, problem
+    try:
+        found = ctypes.CDLL(str(file))
+    except OSError as error:
+        return None, f"cannot be loaded ({error})"
+    return (found, None) if found.ringctx_permitted() else (None, "was not given AMX's registers by the operating system")
+
+
+def _compile(compiler: str, file: Path) -> str | None:
+    """Make the file, or say why not. Ranks that do so at once each make one, and the last stays."""
+    log.info("Compiling ringctx's kernel for this CPU into %s; this takes a few seconds, once.", file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            made = Path(folder) / file.name
+            done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+            if done.returncode:
+                return f"was not compiled by {compiler}: {(done.stderr.strip().splitlines() or ['no reason given'])[0]}"
+            made.replace(file)
+    except OSError as error:
+        return f"cannot be kept in {file.parent} ({error.strerror})"
+    return None
