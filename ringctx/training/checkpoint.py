@@ -50,17 +50,30 @@ def save(out: Path, model: Any, state: State, tokenizer: Any, progress: dict[str
     return path
 
 
-def resume(path: Path, made_from: dict[str, Any]) -> tuple[State, dict[str, Any]]:
-    """The state and the progress. Raises ConfigError where the run was another one."""
+def resume(path: Path, made_from: dict[str, Any], otherwise: dict[str, Any]) -> tuple[State, dict[str, Any]]:
+    """The state and the progress. Raises ConfigError where the run was another one.
+
+    otherwise: what a run was made from that says nothing of a key, because that key is newer than the run.
+    """
     from safetensors.torch import load_file
 
     progress: dict[str, Any] = json.loads((path / "progress.json").read_text())
-    differences = [name for name in made_from if progress["made_from"].get(name) != made_from[name]]
+    saved = _filled(progress["made_from"], otherwise)
+    differences = [name for name in made_from if saved[name] != made_from[name]]
     if differences:
         raise ConfigError(
             f"{str(path.parent)!r} holds a run with other {', '.join(differences)}; set training.out to another folder, or remove this one."
         )
     return State(load_file(path / "model.safetensors"), torch.load(path / "optimizer.pt", weights_only=True)), progress
+
+
+def _filled(saved: Any, otherwise: Any) -> Any:
+    """What was saved, with the keys that it lacks; of a list, such as blocks of attention, each by the same."""
+    if isinstance(saved, list) and isinstance(otherwise, dict):
+        return [_filled(one, otherwise) for one in saved]
+    if not (isinstance(saved, dict) and isinstance(otherwise, dict)):
+        return saved
+    return otherwise | {key: _filled(value, otherwise.get(key)) for key, value in saved.items()}
 
 
 def _sync(path: Path) -> None:

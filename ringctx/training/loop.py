@@ -57,7 +57,7 @@ def train(config: Config, ring: Ring, make: MakeTrainer = Trainer.of) -> dict[st
     path, made_from = checkpoint.newest(out), _made_from(config)
     progress, state = Progressed(), None
     if path is not None:
-        state, found = checkpoint.resume(path, made_from)
+        state, found = checkpoint.resume(path, made_from, _made_from(Config()))
         progress = Progressed(**{key.name: found[key.name] for key in dataclasses.fields(Progressed)})
         logger.info("Going on after step %d of %d, from %s.", len(progress.loss), asked.steps, path)
     trainer = make(job, asked, state)
