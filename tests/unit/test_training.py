@@ -207,3 +207,13 @@ def test_the_command_trains_and_other_commands_take_the_model(tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]) == 3
     assert main(["eval", *took, "--task", "perplexity", "--length", "30", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+
+
+def test_a_run_that_is_older_than_a_key_goes_on_with_what_the_key_says_by_default():
+    otherwise = {"attention": {"window": None, "pattern": {"kind": "causal", "rate": None}}, "passkeys": 0.0, "seed": 0}
+    saved = {"attention": {"window": 9, "pattern": {"kind": "atrous"}}, "seed": 1}
+    assert checkpoint._filled(saved, otherwise) == {
+        "attention": {"window": 9, "pattern": {"kind": "atrous", "rate": None}}, "passkeys": 0.0, "seed": 1
+    }  # fmt: skip
+    blocks = checkpoint._filled({"attention": [{"layers": 0}, {"window": 5}]}, otherwise)["attention"]
+    assert [block["pattern"]["kind"] for block in blocks] == ["causal", "causal"] and blocks[1]["window"] == 5

@@ -1,0 +1,161 @@
+"""The native kernel: every shape against float64, what it refuses and why, and how it is compiled and kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ringctx.errors import ConfigError
+from ringctx.kernels import native
+from ringctx.kernels.base import Call, TileScores
+from ringctx.kernels.native import Native
+from ringctx.kernels.registry import choose
+
+CALL = Call("cpu", torch.bfloat16, 4, 2, 64, 64)
+HERE = pytest.mark.skipif(Native().why_not(CALL) is not None, reason=f"the native kernel {Native().why_not(CALL)}")
+
+
+def drawn(b: int, s: int, n: int, h: int, g: int, d: int, e: int) -> list[Tensor]:
+    """q, k, v, dout in bf16, and dlse."""
+    make = torch.Generator().manual_seed(s * 7 + n)
+    q, k, v, dout = (torch.randn(b, *x, generator=make).bfloat16() for x in ((s, h, d), (n, g, d), (n, g, e), (s, h, e)))
+    return [q, k, v, dout, torch.randn(b, s, h, generator=make)]
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, causal: bool, scale: float) -> list[Tensor]:
+    """out, lse, dq, dk, dv in float64."""
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    share = q.shape[2] // k.shape[2]
+    logits = torch.einsum("bihd,bjhd->bhij", leaves[0], leaves[1].repeat_interleave(share, 2)) * scale
+    if causal:
+        logits = logits.masked_fill(torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+    out = torch.einsum("bhij,bjhe->bihe", logits.softmax(-1), leaves[2].repeat_interleave(share, 2))
+    lse = logits.logsumexp(-1).transpose(1, 2)
+    torch.autograd.backward([out, lse], [dout.double(), torch.zeros_like(lse) if dlse is None else dlse.double()])
+    return [out.detach(), lse.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def off(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+SHAPES = {
+    "one block": (1, 32, 32, 1, 1, 32, 32),
+    "odd": (2, 333, 333, 6, 2, 64, 64),
+    "longer than a run": (1, 700, 700, 2, 1, 64, 64),
+    "widths": (1, 97, 97, 4, 2, 128, 96),
+    "widest": (1, 65, 65, 2, 2, 256, 256),
+    "few keys": (1, 300, 5, 2, 2, 64, 64),
+    "many keys": (1, 40, 1_029, 3, 3, 64, 32),
+}
+
+
+@HERE
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_it_is_attention_within_the_rounding_of_its_factors(shape: tuple[int, ...], causal: bool) -> None:
+    q, k, v, dout, dlse = drawn(*shape)
+    if causal and q.shape[1] != k.shape[1]:
+        with pytest.raises(ConfigError, match="A causal tile is square"):
+            Native().forward(q, k, v, TileScores(0.1, causal=True))
+        return
+    scores = TileScores(q.shape[3] ** -0.5, causal=causal)
+    want = definition(q, k, v, dout, dlse, causal, scores.scale)
+    out, lse = Native().forward(q, k, v, scores)
+    assert out.dtype == lse.dtype == torch.float32
+    assert off(out, want[0]) < 2.5e-3 and float((lse - want[1]).abs().max()) < 1e-5
+    grads = Native().backward(dout, q, k, v, want[0].bfloat16(), lse, scores, dlse)
+    for got, wanted in zip(grads, want[2:], strict=True):
+        assert got.dtype == torch.float32 and off(got, wanted) < 4e-3
+
+
+@HERE
+def test_tensors_may_be_strided_and_logits_large() -> None:
+    q, k, v, dout, _ = drawn(1, 200, 200, 4, 2, 64, 64)
+    q, k = 30 * q, k + 3
+    scores = TileScores(0.125, causal=True)
+    want = definition(q, k, v, dout, None, True, 0.125)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    padded = [torch.cat([x, x], -1)[..., : x.shape[-1]] for x in (q, k, v)]
+    for some in (strided, padded):
+        out, lse = Native().forward(*some, scores)
+        assert off(out, want[0]) < 2.5e-3 and off(lse, want[1]) < 1e-5
+        assert off(Native().backward(dout, *some, want[0].bfloat16(), lse, scores)[2], want[4]) < 4e-3
+
+
+@HERE
+def test_any_number_of_threads_says_the_same_and_few_queries_go_to_aten() -> None:
+    q, k, v, dout, _ = drawn(2, 260, 260, 4, 2, 64, 64)
+    scores, before = TileScores(0.125, causal=True), torch.get_num_threads()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        out, lse = Native().forward(q, k, v, scores)
+        found.append([out, lse, *Native().backward(dout, q, k, v, out.bfloat16(), lse, scores)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    few, _ = Native().forward(q[:, :3], k, v, TileScores(0.125))
+    assert few.dtype == torch.bfloat16 and few.shape == (2, 3, 4, 64)
+
+
+@HERE
+def test_nan_and_inf_stay_in_their_rows() -> None:
+    q, k, v, _, _ = drawn(1, 64, 64, 2, 2, 64, 64)
+    q[0, 5, 0, 3] = torch.nan
+    out, _ = Native().forward(q, k, v, TileScores(0.125))
+    assert out[0, 5, 0].isnan().all() and not out[0, 6:].isnan().any() and not out[0, :, 1].isnan().any()
+    v[0, 9, 1, 0] = torch.inf
+    out, _ = Native().forward(q, k, v, TileScores(0.125))
+    assert not out[0, 7, 1, 0].isfinite() and out[0, 7, 1, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"device": "cuda:0"}, "computes on CPUs only"),
+        ({"dtype": torch.float32}, "computes bfloat16 only"),
+        ({"mask": True}, "takes whole and causal tiles, without mask"),
+        ({"dropout": True}, "without dropout"),
+        ({"d": 80}, "widths that are multiples of 32 up to 256"),
+        ({"e": 288}, "widths that are multiples of 32 up to 256"),
+    ],
+)
+def test_what_it_does_not_take_says_why(more: dict[str, object], reason: str) -> None:
+    said = Native().why_not(replace(CALL, **more))
+    assert said is not None and reason in said
+
+
+def test_machines_without_amx_or_a_compiler_say_so_and_aten_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert Native().why_not(CALL) == "needs a CPU with AMX"
+    choose.cache_clear()
+    assert choose(CALL).name == "sdpa"
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    native.library.cache_clear()
+    assert "needs a C++ compiler" in str(Native().why_not(CALL))
+    monkeypatch.setattr(native.shutil, "which", lambda name: "/bin/false")
+    native.library.cache_clear()
+    assert "was not compiled by /bin/false" in str(Native().why_not(CALL))
+    monkeypatch.undo()
+    native.library.cache_clear()
+    choose.cache_clear()
+
+
+@HERE
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    assert native.library()[1] is None
+    (made,) = (tmp_path / "ringctx").iterdir()
+    assert made.name.startswith("native-") and made.suffix == ".so"
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "_compile", lambda *_: "compiled again")
+    assert native.library()[1] is None
+    native.library.cache_clear()
