@@ -48,6 +48,20 @@ struct View {
     const u16 *row(int64_t i, int64_t j, int64_t k) const { return at + i * b + j * s + k * h; }
 };
 
+// What is added to logits, fp32 (b h s n), contiguous along keys, or nowhere; -inf hides a key.
+struct Bias {
+    const float *at;
+    int64_t b, h, s;
+    const float *row(int64_t i, int64_t j, int64_t k) const { return at ? at + i * b + j * h + k * s : nullptr; }
+};
+
+struct Shape {
+    int64_t b, s, n, h, g, d, e;
+    bool causal;
+    float scale;
+    Bias bias;
+};
+
 // -- tiles ------------------------------------------------------------------------------------------------------------------
 
 // Ask the kernel for AMX's registers, once a process; false where it has none.
@@ -142,8 +156,14 @@ static INLINE __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_c
 // Two rows of fp32 as pairs in bf16: of each column the number of the even row, then of the odd one.
 static INLINE __m512i pairs(__m512 even, __m512 odd) {
     const __m512i both = halves(even, odd);
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both)), high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// Logits in base 2 with what is added to them; what is hidden is far below all others, but finite.
+static INLINE __m512 biased(__m512 y, __m512 bias) {
+    return _mm512_max_ps(_mm512_fmadd_ps(bias, _mm512_set1_ps(LOG2E), y), _mm512_set1_ps(UNSEEN));
 }
 
 // The lanes of 16 columns that lie below `limit`, the first column being `at`.
@@ -170,11 +190,14 @@ struct Rows {
     }
 };
 
-// One row of scores [block][half][row][16] over `count` blocks of keys -> its weights as plain blocks. seen: keys that the row sees.
-static INLINE void weigh(Rows &rows, const float *scores, u16 *weights, int r, int count, float scale, int64_t seen) {
+// One row of scores [block][half][row][16] over `count` blocks of keys -> its weights as plain blocks. seen: keys that the row may see.
+// A row that has seen no key yet has weights of its own, which the first one that it sees takes to 0.
+static INLINE void weigh(Rows &rows, const float *scores, u16 *weights, int r, int count, float scale, int64_t seen, const float *bias) {
     __m512 y[2 * KEYS], largest = _mm512_set1_ps(UNSEEN);
     for (int i = 0; i < 2 * count; i++) {
-        y[i] = _mm512_mask_mul_ps(_mm512_set1_ps(UNSEEN), below(i * 16, seen), _mm512_load_ps(scores + i * 512 + r * 16), _mm512_set1_ps(scale));
+        const __mmask16 here = below(i * 16, seen);
+        y[i] = _mm512_mask_mul_ps(_mm512_set1_ps(UNSEEN), here, _mm512_load_ps(scores + i * 512 + r * 16), _mm512_set1_ps(scale));
+        if (bias) y[i] = biased(y[i], _mm512_maskz_loadu_ps(here, bias + i * 16));
         largest = _mm512_max_ps(largest, y[i]);
     }
     __m512 sum = _mm512_load_ps(rows.sum + r * 16);
@@ -211,14 +234,10 @@ struct Forward {
     Rows rows[QUERIES];
 };
 
-struct Shape {
-    int64_t b, s, n, h, g, d, e;
-    bool causal;
-    float scale;
-};
 
 // Query blocks `first` to `last` of one head: k paired by columns, v paired by rows, as `pack` leaves them.
-static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first, int64_t last) {
+static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first,
+                   int64_t last) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
     for (int64_t u = first; u < last; u++) at.rows[u - first].begin(q, b, u * EDGE, h, of.s, of.d);
     const int64_t end = of.causal ? std::min(of.n, last * EDGE) : of.n;
@@ -229,10 +248,14 @@ static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, co
             const int count = (int)std::min<int64_t>(KEYS, blocks_of(std::max<int64_t>(seen, 0)));
             const u16 *keys = k + key * of.d, *values = v + key * of.e;
             for (int t = 0; t < count; t++) multiply(at.scores + t * BLOCK, rows.q, BLOCK, keys + t * wide * BLOCK, BLOCK, wide, false);
-            for (int r = 0; count && r < EDGE; r++)
-                weigh(rows, at.scores, at.weights, r, count, of.scale * LOG2E, of.causal ? std::min(of.n, u * EDGE + r + 1) - key : of.n - key);
+            for (int64_t r = 0; count && r < EDGE; r++) {
+                const float *bias = of.bias.row(b, h, std::min(u * EDGE + r, of.s - 1));
+                const int64_t end = of.causal ? std::min(of.n, u * EDGE + r + 1) : of.n;
+                weigh(rows, at.scores, at.weights, (int)r, count, of.scale * LOG2E, end - key, bias ? bias + key : nullptr);
+            }
             if (rows.shrinks) shrink(rows, of.e);
-            for (int c = 0; count && c < tall; c++) multiply(rows.out + c * BLOCK, at.weights, BLOCK, values + c * BLOCK, tall * BLOCK, count, true);
+            for (int c = 0; count && c < tall; c++)
+                multiply(rows.out + c * BLOCK, at.weights, BLOCK, values + c * BLOCK, tall * BLOCK, count, true);
         }
 }
 
@@ -240,10 +263,11 @@ static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, co
 static void finish(const Rows &rows, const Shape &of, int64_t b, int64_t h, int64_t u, float *out, float *lse) {
     for (int64_t r = 0; r < std::min<int64_t>(EDGE, of.s - u * EDGE); r++) {
         const int64_t row = (b * of.s + u * EDGE + r) * of.h + h;
-        const float sum = _mm512_reduce_add_ps(_mm512_load_ps(rows.sum + r * 16));
+        const bool blind = rows.largest[r] == UNSEEN;
+        const float sum = _mm512_reduce_add_ps(_mm512_load_ps(rows.sum + r * 16)), share = blind ? 0.0f : 1.0f / sum;
         for (int64_t c = 0; c < of.e; c += 16)
-            _mm512_storeu_ps(out + row * of.e + c, _mm512_div_ps(_mm512_load_ps(rows.out + c / 16 * 512 + r * 16), _mm512_set1_ps(sum)));
-        lse[row] = (rows.largest[r] + std::log2(sum)) / LOG2E;
+            _mm512_storeu_ps(out + row * of.e + c, _mm512_mul_ps(_mm512_load_ps(rows.out + c / 16 * 512 + r * 16), _mm512_set1_ps(share)));
+        lse[row] = blind ? -INFINITY : (rows.largest[r] + std::log2(sum)) / LOG2E;
     }
 }
 
@@ -254,25 +278,28 @@ struct Packed {
     Numbers<u16> q_by_columns, q_by_rows, dout_by_columns, dout_by_rows;
     Numbers<float> lse, delta, dq;  // dq: sums, transposed, [block of queries][block of columns]
     Packed(int64_t rows, int64_t d, int64_t e)
-        : q_by_columns(rows * d), q_by_rows(rows * d), dout_by_columns(rows * e), dout_by_rows(rows * e), lse(rows), delta(rows), dq(rows * d) {}
+        : q_by_columns(rows * d), q_by_rows(rows * d), dout_by_columns(rows * e), dout_by_rows(rows * e), lse(rows), delta(rows),
+          dq(rows * d) {}
 };
 
 struct Backward {
-    alignas(64) float scores[BLOCK], slopes[BLOCK];
+    alignas(64) float scores[BLOCK], slopes[BLOCK], bias[BLOCK];
     alignas(64) u16 weights[SQUARE * SQUARE * BLOCK], plain_ds[SQUARE * SQUARE * BLOCK], paired_ds[SQUARE * SQUARE * BLOCK];
 };
 
-// Transposed scores and slopes of 32 keys by 32 queries -> P' and dS' as left factors, dS' as a right one. Key first + r, query at + c.
+// Transposed scores and slopes of 32 keys by 32 queries -> P' and dS' as left factors, dS' as a right one.
+// cut: the block lies on the diagonal. bias: its transpose, [32 keys][32 queries], or nowhere.
 static INLINE void differentiate(const float *scores, const float *slopes, const float *lse, const float *delta, float scale, u16 *weights,
-                                 u16 *plain_ds, u16 *paired_ds, bool cut) {
+                                 u16 *plain_ds, u16 *paired_ds, bool cut, const float *bias) {
     for (int r = 0; r < EDGE; r += 2) {
         __m512 p[2][2], ds[2][2];
         for (int half = 0; half < 2; half++)
             for (int odd = 0; odd < 2; odd++) {
                 const int at = half * 512 + (r + odd) * 16;
-                const __m512 y = _mm512_fmsub_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(scale * LOG2E), _mm512_loadu_ps(lse + half * 16));
+                __m512 y = _mm512_mul_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(scale * LOG2E));
+                if (bias) y = biased(y, _mm512_load_ps(bias + (r + odd) * EDGE + half * 16));
                 const __mmask16 seen = cut ? (__mmask16)~below(half * 16, r + odd) : 0xffff;  // on the diagonal: queries from the key on
-                p[odd][half] = _mm512_maskz_mov_ps(seen, exp2_of(y));
+                p[odd][half] = _mm512_maskz_mov_ps(seen, exp2_of(_mm512_sub_ps(y, _mm512_loadu_ps(lse + half * 16))));
                 const __m512 slope = _mm512_sub_ps(_mm512_load_ps(slopes + at), _mm512_loadu_ps(delta + half * 16));
                 ds[odd][half] = _mm512_mul_ps(_mm512_mul_ps(p[odd][half], slope), _mm512_set1_ps(scale));
             }
@@ -284,11 +311,23 @@ static INLINE void differentiate(const float *scores, const float *slopes, const
     }
 }
 
-// Blocks of keys from `key`, of queries from `query`, SQUARE of each: their part of dk, dv (sums, [block of keys][block of columns]) and dq.
+// What is added to the logits of a block, keys down; where there is no key or query, 0.
+static const float *transposed_bias(Backward &at, const Shape &of, int64_t b, int64_t h, int64_t key, int64_t query) {
+    if (!of.bias.at) return nullptr;
+    std::memset(at.bias, 0, sizeof at.bias);
+    for (int64_t c = 0; c < std::min<int64_t>(EDGE, of.s - query * EDGE); c++) {
+        const float *row = of.bias.row(b, h, query * EDGE + c) + key * EDGE;
+        for (int64_t r = 0; r < std::min<int64_t>(EDGE, of.n - key * EDGE); r++) at.bias[r * EDGE + c] = row[r];
+    }
+    return at.bias;
+}
+
+// Blocks of keys from `key`, of queries from `query`, SQUARE of each: their part of dq and of dk, dv, sums [block of keys][block of columns].
 static void square(Backward &at, const Shape &of, Packed &x, const u16 *k, const u16 *k_transposed, const u16 *v, float *dk, float *dv,
-                   int64_t key, int64_t query) {
+                   int64_t b, int64_t h, int64_t key, int64_t query) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
-    const int keys = (int)std::min<int64_t>(SQUARE, blocks_of(of.n) - key), queries = (int)std::min<int64_t>(SQUARE, blocks_of(of.s) - query);
+    const int keys = (int)std::min<int64_t>(SQUARE, blocks_of(of.n) - key);
+    const int queries = (int)std::min<int64_t>(SQUARE, blocks_of(of.s) - query);
     for (int i = 0; i < keys; i++)
         for (int j = of.causal ? (int)std::max<int64_t>(0, key + i - query) : 0; j < queries; j++) {
             const int64_t u = query + j;
@@ -296,7 +335,7 @@ static void square(Backward &at, const Shape &of, Packed &x, const u16 *k, const
             multiply(at.scores, k + (key + i) * wide * BLOCK, BLOCK, x.q_by_columns.at + u * wide * BLOCK, BLOCK, wide, false);
             multiply(at.slopes, v + (key + i) * tall * BLOCK, BLOCK, x.dout_by_columns.at + u * tall * BLOCK, BLOCK, tall, false);
             differentiate(at.scores, at.slopes, x.lse.at + u * EDGE, x.delta.at + u * EDGE, of.scale, at.weights + to, at.plain_ds + to,
-                          at.paired_ds + to, of.causal && key + i == u);
+                          at.paired_ds + to, of.causal && key + i == u, transposed_bias(at, of, b, h, key + i, u));
         }
     for (int i = 0; i < keys; i++) {
         const int j = of.causal ? (int)std::max<int64_t>(0, key + i - query) : 0, count = queries - j, from = (i * SQUARE + j) * BLOCK;
@@ -312,16 +351,18 @@ static void square(Backward &at, const Shape &of, Packed &x, const u16 *k, const
         const int count = of.causal ? (int)std::min<int64_t>(keys, query + j - key + 1) : keys;
         if (count <= 0) continue;
         for (int c = 0; c < wide; c++)
-            multiply(x.dq.at + ((query + j) * wide + c) * BLOCK, k_transposed + (key * wide + c) * BLOCK, wide * BLOCK, at.paired_ds + j * BLOCK,
-                     SQUARE * BLOCK, count, true);
+            multiply(x.dq.at + ((query + j) * wide + c) * BLOCK, k_transposed + (key * wide + c) * BLOCK, wide * BLOCK,
+                     at.paired_ds + j * BLOCK, SQUARE * BLOCK, count, true);
     }
 }
 
 // Sums [block of rows][block of columns][half][row][16] -> rows of a contiguous (b s h d).
 static void unpack(float *to, int64_t stride, const float *sums, int64_t rows, int64_t width) {
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < width; c += 16)
-            _mm512_storeu_ps(to + r * stride + c, _mm512_loadu_ps(sums + (r / EDGE * (width / EDGE) + c / EDGE) * BLOCK + c % EDGE / 16 * 512 + r % EDGE * 16));
+        for (int64_t c = 0; c < width; c += 16) {
+            const float *block = sums + (r / EDGE * (width / EDGE) + c / EDGE) * BLOCK;
+            _mm512_storeu_ps(to + r * stride + c, _mm512_load_ps(block + c % EDGE / 16 * 512 + r % EDGE * 16));
+        }
 }
 
 static void unpack_transposed(float *to, int64_t stride, const float *sums, int64_t rows, int64_t width) {
@@ -331,8 +372,8 @@ static void unpack_transposed(float *to, int64_t stride, const float *sums, int6
 }
 
 // One key head of one sequence, and all query heads that share it.
-static void differentiate_head(Backward &at, const Shape &of, const View &q, const View &k, const View &v, const View &dout, const float *lse,
-                               const float *delta, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
+static void differentiate_head(Backward &at, const Shape &of, const View &q, const View &k, const View &v, const View &dout,
+                               const float *lse, const float *delta, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
     const int64_t rows = blocks_of(of.n) * EDGE, share = of.h / of.g;
     Numbers<u16> keys(rows * of.d), transposed(rows * of.d), values(rows * of.e);
     Numbers<float> sums_k(rows * of.d), sums_v(rows * of.e);
@@ -344,12 +385,13 @@ static void differentiate_head(Backward &at, const Shape &of, const View &q, con
         pack(paired_transpose, x.dout_by_columns.at, dout, b, h, of.s, of.e), pack(paired, x.dout_by_rows.at, dout, b, h, of.s, of.e);
         for (int64_t i = 0; i < (int64_t)x.lse.size; i++) {
             const int64_t row = (b * of.s + i) * of.h + h;
-            x.lse.at[i] = i < of.s ? lse[row] * LOG2E : -UNSEEN, x.delta.at[i] = i < of.s ? delta[row] : 0.0f;  // rows that are not there weigh 0
+            x.lse.at[i] = i < of.s ? lse[row] * LOG2E : -UNSEEN;  // rows that are not there weigh 0
+            x.delta.at[i] = i < of.s ? delta[row] : 0.0f;
         }
         x.dq.zero();
         for (int64_t key = 0; key < blocks_of(of.n); key += SQUARE)
             for (int64_t query = of.causal ? key : 0; query < blocks_of(of.s); query += SQUARE)
-                square(at, of, x, keys.at, transposed.at, values.at, sums_k.at, sums_v.at, key, query);
+                square(at, of, x, keys.at, transposed.at, values.at, sums_k.at, sums_v.at, b, h, key, query);
         unpack_transposed(dq + (b * of.s * of.h + h) * of.d, of.h * of.d, x.dq.at, of.s, of.d);
     }
     unpack(dk + (b * of.n * of.g + g) * of.d, of.g * of.d, sums_k.at, of.n, of.d);
@@ -363,10 +405,11 @@ extern "C" {
 // Whether this process may use AMX.
 int ringctx_permitted() { return permitted(); }
 
-// sizes: b s n h g d e causal. strides: of q, k, v, three each. out (b s h e) and lse (b s h), contiguous fp32.
-void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const int64_t *strides, const int64_t *sizes, float scale, int threads, float *out,
-                     float *lse) {
-    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, scale};
+// sizes: b s n h g d e causal. strides: of q, k, v, bias (b h s), three each; bias may be null. out (b s h e) and lse (b s h), contiguous fp32.
+void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const int64_t *strides, const int64_t *sizes, float scale,
+                     int threads, float *out, float *lse) {
+    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, scale,
+                   {bias, strides[9], strides[10], strides[11]}};
     const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]}, v_{v, strides[6], strides[7], strides[8]};
     const int64_t rows = blocks_of(of.n) * EDGE, runs = (blocks_of(of.s) + QUERIES - 1) / QUERIES;
     Numbers<u16> keys(of.b * of.g * rows * of.d), values(of.b * of.g * rows * of.e);
@@ -389,13 +432,14 @@ void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const int64_t *st
     }
 }
 
-// strides: of q, k, v, dout. lse and delta (b s h), dq (b s h d), dk (b n g d), dv (b n g e), contiguous fp32.
+// strides: of q, k, v, bias, dout. lse and delta (b s h), dq (b s h d), dk (b n g d), dv (b n g e), contiguous fp32.
 // A thread takes a key head of a sequence at a time.
-void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const u16 *dout, const int64_t *strides, const float *lse, const float *delta,
-                      const int64_t *sizes, float scale, int threads, float *dq, float *dk, float *dv) {
-    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, scale};
+void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const u16 *dout, const int64_t *strides, const float *lse,
+                      const float *delta, const int64_t *sizes, float scale, int threads, float *dq, float *dk, float *dv) {
+    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, scale,
+                   {bias, strides[9], strides[10], strides[11]}};
     const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]}, v_{v, strides[6], strides[7], strides[8]},
-        dout_{dout, strides[9], strides[10], strides[11]};
+        dout_{dout, strides[12], strides[13], strides[14]};
 #pragma omp parallel num_threads(threads)
     {
         const Registers registers;

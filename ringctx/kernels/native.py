@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ringctx.kernels.base import Call, TileScores
-from ringctx.kernels.sdpa import Sdpa
+from ringctx.kernels.sdpa import Sdpa, additive_mask
 from ringctx.kernels.tricks import is_empty, no_gradient, nothing_seen, require_square, rows_of_lse, unit_stride
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -36,7 +36,7 @@ log = logging.getLogger("ringctx.kernels")
 
 
 class Native:
-    """Whole and causal tiles in bfloat16; out, lse and gradients in fp32. See Kernel for the shapes.
+    """Tiles in bfloat16, any mask or bias as one tensor to add; out, lse and gradients in fp32. See Kernel for the shapes.
 
     Fewer than EDGE queries, as while decoding, go to aten's kernel, which packs nothing.
     """
@@ -51,9 +51,9 @@ class Native:
             return "computes on CPUs only"
         if call.dtype != torch.bfloat16:
             return "computes bfloat16 only"
-        for name in ("mask", "bias", "elementwise", "dropout"):
+        for name, what in (("elementwise", "elementwise scores"), ("dropout", "dropout"), ("bias_grad", "gradients of a bias")):
             if getattr(call, name):
-                return f"takes whole and causal tiles, without {name}"
+                return f"knows no {what}"
         if any(width % EDGE or width > WIDEST for width in (call.d, call.e)):
             return f"takes widths that are multiples of {EDGE} up to {WIDEST}"
         if not torch.cpu._is_amx_tile_supported():
@@ -67,9 +67,10 @@ class Native:
             return nothing_seen(q, v)
         if q.shape[1] < EDGE:
             return self._few.forward(q, k, v, scores)
-        given = [unit_stride(x) for x in (q, k, v)]
+        given, bias = [unit_stride(x) for x in (q, k, v)], _bias(q, k, scores)
         out, lse = (q.new_empty(*q.shape[:3], *tail, dtype=torch.float32) for tail in ((v.shape[3],), ()))
-        _call("ringctx_forward", *given, _strides(*given), _sizes(q, k, v, scores), scores.scale, torch.get_num_threads(), out, lse)
+        sizes = _sizes(q, k, v, scores, bias)
+        _call("ringctx_forward", *given, bias, _strides(*given, bias), sizes, scores.scale, torch.get_num_threads(), out, lse)
         return out, lse
 
     @torch.no_grad()
@@ -84,12 +85,12 @@ class Native:
         delta = (dout.float() * out.float()).sum(-1)
         if dlse is not None:
             delta -= dlse
-        given = [unit_stride(x.to(q.dtype)) for x in (q, k, v, dout)]
+        given, dout, bias = [unit_stride(x) for x in (q, k, v)], unit_stride(dout.to(q.dtype)), _bias(q, k, scores)
         grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
         rows = rows_of_lse(lse).float().contiguous()
         _call(
-            *("ringctx_backward", *given, _strides(*given), rows, delta.contiguous(), _sizes(q, k, v, scores)),
-            *(scores.scale, torch.get_num_threads(), *grads),
+            *("ringctx_backward", *given, bias, dout, _strides(*given, bias, dout), rows, delta.contiguous()),
+            *(_sizes(q, k, v, scores, bias), scores.scale, torch.get_num_threads(), *grads),
         )
         dq, dk, dv = grads
         return dq, dk, dv
@@ -102,20 +103,26 @@ def _call(name: str, *given: Any) -> None:
 
 
 def _as_c(x: Any) -> Any:
-    """A tensor's address, a number as C has it; what is of C already, as it is."""
-    if isinstance(x, Tensor):
-        return ctypes.c_void_p(x.data_ptr())
+    """A tensor's address, or null; a number as C has it; what is of C already, as it is."""
+    if x is None or isinstance(x, Tensor):
+        return ctypes.c_void_p(None if x is None else x.data_ptr())
     return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int(x) if isinstance(x, int) else x
 
 
-def _strides(*tensors: Tensor) -> Any:
-    numbers = [step for x in tensors for step in x.stride()[:3]]
+def _bias(q: Tensor, k: Tensor, scores: TileScores) -> Tensor | None:
+    """Mask, bias and, beside them, causality as one tensor to add (b h q k), whose equal batches and heads lie in memory once; or None."""
+    found = additive_mask(q, k, scores)
+    return None if found is None else unit_stride(found.expand(q.shape[0], q.shape[2], -1, -1))
+
+
+def _strides(*tensors: Tensor | None) -> Any:
+    numbers = [step for x in tensors for step in (x.stride()[:3] if x is not None else (0, 0, 0))]
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> Any:
+def _sizes(q: Tensor, k: Tensor, v: Tensor, scores: TileScores, bias: Tensor | None) -> Any:
     b, s, h, d = q.shape
-    return (ctypes.c_int64 * 8)(b, s, k.shape[1], h, k.shape[2], d, v.shape[3], int(scores.causal))
+    return (ctypes.c_int64 * 8)(b, s, k.shape[1], h, k.shape[2], d, v.shape[3], int(scores.causal and bias is None))
 
 
 @cache

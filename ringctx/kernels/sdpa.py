@@ -71,7 +71,7 @@ class Sdpa:
             return nothing_seen(q, v)
         if q.is_cuda:
             return _forward_on_cuda(q, k, v, scores)
-        additive = _additive_mask(q, k, scores)
+        additive = additive_mask(q, k, scores)
         dtype = _compute_dtype(q.dtype)
         width = max(q.shape[-1], v.shape[-1])
         views = (_heads_first(widen(x.to(dtype), width)) for x in (q, k, v))
@@ -92,7 +92,7 @@ class Sdpa:
         if q.is_cuda:
             return _backward_on_cuda(dout, q, k, v, out, lse, scores, dlse)
         lse = rows_of_lse(lse)
-        additive = _additive_mask(q, k, scores)
+        additive = additive_mask(q, k, scores)
         dtype = _compute_dtype(q.dtype)
         dout, q, k, v, out = (x.to(dtype) for x in (dout, q, k, v, out))
 
@@ -111,7 +111,7 @@ def _heads_first(x: Tensor) -> Tensor:
     return unit_stride(x).transpose(1, 2)
 
 
-def _additive_mask(q: Tensor, k: Tensor, scores: TileScores) -> Tensor | None:
+def additive_mask(q: Tensor, k: Tensor, scores: TileScores) -> Tensor | None:
     """Mask, bias and, beside them, causality as one tensor to add, -inf where unseen: (1|b 1|h q k), or None."""
     if scores.mask is None and scores.bias is None:
         return None

@@ -75,6 +75,39 @@ def test_it_is_attention_within_the_rounding_of_its_factors(shape: tuple[int, ..
 
 
 @HERE
+@pytest.mark.parametrize("kind", ["mask", "mask of heads", "bias", "causal and bias", "rows that see nothing"])
+@pytest.mark.parametrize(("s", "n"), [(333, 333), (70, 530)])
+def test_masks_and_biases_are_added_and_rows_that_see_nothing_are_0(kind: str, s: int, n: int) -> None:
+    q, k, v, dout, dlse = drawn(2, s, n, 4, 2, 64, 64)
+    make = torch.Generator().manual_seed(5)
+    mask = torch.rand(*((4,) if kind == "mask of heads" else ()), s, n, generator=make) < 0.3
+    mask[..., 0] = True
+    if kind == "rows that see nothing":
+        mask[..., 3:40, :] = False
+        mask[..., 50:60, : n // 2] = False  # these see nothing for long
+    causal, bias = kind == "causal and bias" and s == n, torch.randn(2, 1, s, n, generator=make)
+    masks, biases = "mask" in kind or "rows" in kind, "bias" in kind
+    scores = TileScores(0.125, causal=causal, mask=(lambda: mask) if masks else None, bias=(lambda: bias) if biases else None)
+    added = (bias if biases else torch.zeros(())) + (torch.where(mask, 0.0, -math.inf) if masks else 0.0)
+    seen = (added > -math.inf).expand(2, 4, s, n).any(-1).transpose(1, 2)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    logits = torch.einsum("bihd,bjhd->bhij", leaves[0], leaves[1].repeat_interleave(2, 2)) * 0.125 + added
+    if causal:
+        logits = logits.masked_fill(torch.ones(s, n, dtype=torch.bool).triu(1), -math.inf)
+    logits = logits.masked_fill(~seen.transpose(1, 2)[..., None], -1e9)
+    weights = logits.softmax(-1) * seen.transpose(1, 2)[..., None]
+    want = torch.einsum("bhij,bjhe->bihe", weights, leaves[2].repeat_interleave(2, 2))
+    lse = logits.logsumexp(-1).transpose(1, 2)
+    torch.autograd.backward([want, lse], [dout.double(), dlse.double() * seen])
+    out, got = Native().forward(q, k, v, scores)
+    assert off(out, want.detach()) < 2.5e-3 and not out[~seen].any() and bool((got[~seen] == -math.inf).all())
+    assert float((got[seen] - lse.detach()[seen]).abs().max()) < 1e-5
+    grads = Native().backward(dout, q, k, v, want.detach().bfloat16(), got, scores, dlse * seen)
+    for mine, leaf in zip(grads, leaves, strict=True):
+        assert leaf.grad is not None and off(mine, leaf.grad) < 4e-3
+
+
+@HERE
 def test_tensors_may_be_strided_and_logits_large() -> None:
     q, k, v, dout, _ = drawn(1, 200, 200, 4, 2, 64, 64)
     q, k = 30 * q, k + 3
@@ -119,8 +152,9 @@ def test_nan_and_inf_stay_in_their_rows() -> None:
     [
         ({"device": "cuda:0"}, "computes on CPUs only"),
         ({"dtype": torch.float32}, "computes bfloat16 only"),
-        ({"mask": True}, "takes whole and causal tiles, without mask"),
-        ({"dropout": True}, "without dropout"),
+        ({"elementwise": True}, "knows no elementwise scores"),
+        ({"dropout": True}, "knows no dropout"),
+        ({"bias_grad": True}, "knows no gradients of a bias"),
         ({"d": 80}, "widths that are multiples of 32 up to 256"),
         ({"e": 288}, "widths that are multiples of 32 up to 256"),
     ],
