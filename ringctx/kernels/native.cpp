@@ -322,7 +322,7 @@ static const float *transposed_bias(Backward &at, const Shape &of, int64_t b, in
     return at.bias;
 }
 
-// Blocks of keys from `key`, of queries from `query`, SQUARE of each: their part of dq and of dk, dv, sums [block of keys][block of columns].
+// Blocks of keys from `key`, of queries from `query`, SQUARE of each: their part of dq and of dk, dv.
 static void square(Backward &at, const Shape &of, Packed &x, const u16 *k, const u16 *k_transposed, const u16 *v, float *dk, float *dv,
                    int64_t b, int64_t h, int64_t key, int64_t query) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
@@ -405,12 +405,14 @@ extern "C" {
 // Whether this process may use AMX.
 int ringctx_permitted() { return permitted(); }
 
-// sizes: b s n h g d e causal. strides: of q, k, v, bias (b h s), three each; bias may be null. out (b s h e) and lse (b s h), contiguous fp32.
+// sizes: b s n h g d e causal. strides: of q, k, v, bias (b h s), three each; bias may be null.
+// out (b s h e) and lse (b s h), contiguous fp32.
 void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const int64_t *strides, const int64_t *sizes, float scale,
                      int threads, float *out, float *lse) {
     const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, scale,
                    {bias, strides[9], strides[10], strides[11]}};
-    const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]}, v_{v, strides[6], strides[7], strides[8]};
+    const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]};
+    const View v_{v, strides[6], strides[7], strides[8]};
     const int64_t rows = blocks_of(of.n) * EDGE, runs = (blocks_of(of.s) + QUERIES - 1) / QUERIES;
     Numbers<u16> keys(of.b * of.g * rows * of.d), values(of.b * of.g * rows * of.e);
 #pragma omp parallel num_threads(threads)
@@ -434,18 +436,20 @@ void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias
 
 // strides: of q, k, v, bias, dout. lse and delta (b s h), dq (b s h d), dk (b n g d), dv (b n g e), contiguous fp32.
 // A thread takes a key head of a sequence at a time.
-void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const u16 *dout, const int64_t *strides, const float *lse,
-                      const float *delta, const int64_t *sizes, float scale, int threads, float *dq, float *dk, float *dv) {
+void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const u16 *dout, const int64_t *strides,
+                      const float *lse, const float *delta, const int64_t *sizes, float scale, int threads, float *dq, float *dk,
+                      float *dv) {
     const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, scale,
                    {bias, strides[9], strides[10], strides[11]}};
-    const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]}, v_{v, strides[6], strides[7], strides[8]},
-        dout_{dout, strides[12], strides[13], strides[14]};
+    const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]};
+    const View v_{v, strides[6], strides[7], strides[8]}, dout_{dout, strides[12], strides[13], strides[14]};
 #pragma omp parallel num_threads(threads)
     {
         const Registers registers;
         const std::unique_ptr<Backward> at(new Backward);
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < of.b * of.g; i++) differentiate_head(*at, of, q_, k_, v_, dout_, lse, delta, dq, dk, dv, i / of.g, i % of.g);
+        for (int64_t i = 0; i < of.b * of.g; i++)
+            differentiate_head(*at, of, q_, k_, v_, dout_, lse, delta, dq, dk, dv, i / of.g, i % of.g);
     }
 }
 }

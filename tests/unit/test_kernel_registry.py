@@ -20,7 +20,7 @@ def test_auto_takes_the_fastest_that_is_exact():
     for hard in ("elementwise", "bias_grad", "dropout"):
         assert choose(dataclasses.replace(CALL, **{hard: True})).name == "reference"
     assert choose(CALL, "precise").name == "precise"
-    assert names() == ("auto", "flash", "sdpa", "flex", "reference", "precise")
+    assert names() == ("auto", "flash", "native", "sdpa", "flex", "reference", "precise")
 
 
 def test_the_choice_is_logged_once_with_the_reasons_of_the_better_ones(caplog):
@@ -43,6 +43,8 @@ def test_the_choice_is_logged_once_with_the_reasons_of_the_better_ones(caplog):
     [
         ("flash", {}, "flash: needs CUDA"),
         ("flex", {}, "flex: on CPUs flex_attention has neither lse nor backward"),
+        ("native", {}, "native: computes bfloat16 only"),
+        ("native", {"dtype": torch.bfloat16, "dropout": True}, "native: knows no dropout"),
         ("sdpa", {"elementwise": True}, "sdpa: aten's flash kernel has no elementwise scores"),
         ("sdpa", {"bias_grad": True}, "sdpa: aten's flash kernel has no gradient of a bias"),
         ("precise", {"dropout": True}, "precise: aten's flash kernel draws its own dropout and cannot take a given one"),
@@ -74,7 +76,7 @@ def test_every_refusal_says_why_and_what_to_do(name, change, reason):
 def test_auto_lists_every_refusal():
     with pytest.raises(Unsupported) as caught:
         choose(dataclasses.replace(CALL, dtype=torch.int32))
-    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]] == ["flash", "sdpa", "flex", "reference"]
+    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]] == ["flash", "native", "sdpa", "flex", "reference"]
 
 
 def test_a_misspelt_kernel_gets_the_nearest_name():
