@@ -28,7 +28,7 @@ def keeps(selector: Any, q: Tensor, k: Tensor) -> Tensor:
 
 def best(scores: list[float], count: int) -> set[int]:
     """The places of the largest, equal ones in float32 from the lowest on; never of -inf."""
-    rounded = torch.tensor(scores, dtype=torch.float64).float().tolist()
+    rounded = (torch.tensor(scores, dtype=torch.float64) * 2**-0.5).float().tolist()
     order = sorted(range(len(scores)), key=lambda x: (-rounded[x], x))
     return {x for x in order[:count] if rounded[x] > -math.inf}
 
