@@ -65,7 +65,7 @@ def decode_with_lse(
     q: Tensor, k: Tensor, v: Tensor, *, key_layout: Layout, ring: Ring, attention: Attention = _DEFAULT, carry: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` and the lse (b n_q h) of its rows, the sink included, in the accumulation dtype."""
-    queries = Layout(((range(max(0, key_layout.length - q.shape[1]), key_layout.length),), *((),) * (key_layout.size - 1)))
+    queries = key_layout.newest(q.shape[1])
     call = Call(ring, queries, key_layout, attention, "auto", "auto", train=False)
     problem = _problem(q, k, v, key_layout, ring, attention) or _carry_problem(q, k, queries, ring, attention, carry)
     agree(ring, call.facts(q, k, v, "decode", 0, 0) | {"new tokens": q.shape[1]}, problem)

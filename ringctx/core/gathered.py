@@ -33,6 +33,16 @@ def whole(ring: Ring, x: Tensor, layout: Layout, kind: str) -> tuple[Tensor, Ten
     return gathered(ring, x, kind, [len(part) for part in parts])[order.to(x.device)], indices
 
 
+def traded(ring: Ring, parts: Sequence[Tensor], like: Sequence[Tensor], kind: str, *, grads: bool = False) -> list[Tensor]:
+    """Part r goes to rank r -> what came from each rank, in rank order, shaped as `like`; one's own part stays. All ranks together."""
+    sent = [part.contiguous() for part in parts]
+    got = [sent[r] if r == ring.rank else torch.empty_like(x, memory_format=torch.contiguous_format) for r, x in enumerate(like)]
+    others = [(ring.rank + n) % ring.size for n in range(1, ring.size)]
+    receive, send = ([Message(r, (some[r],)) for r in others] for some in (got, sent))
+    ring.exchange(kind, f"{'gradients of ' * grads}the {kind}", receive, send, grads=grads).wait()
+    return got
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ring: Ring, kind: str, rows: list[int]) -> Tensor:
@@ -41,10 +51,6 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None, None]:
-        ring, parts = ctx.ring, [part.contiguous() for part in dx.split(ctx.rows)]
-        mine = parts[ring.rank]
-        others = [(ring.rank + n) % ring.size for n in range(1, ring.size)]
-        said = [mine if r == ring.rank else torch.empty_like(mine) for r in range(ring.size)]
-        receive, send = ([Message(r, (some[r],)) for r in others] for some in (said, parts))
-        ring.exchange(ctx.kind, f"gradients of the {ctx.kind}", receive, send, grads=True).wait()
+        ring, parts = ctx.ring, dx.split(ctx.rows)
+        said = traded(ring, parts, [parts[ring.rank]] * ring.size, ctx.kind, grads=True)
         return sum(said[1:], said[0]), None, None, None

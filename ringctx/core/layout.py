@@ -104,12 +104,18 @@ class Layout:
         """The same layout of tokens that come `by` indices later, such as a later chunk of a sequence."""
         return type(self)(tuple(tuple(range(r.start + by, r.stop + by, r.step) for r in ranges) for ranges in self.spans))
 
+    def newest(self, count: int) -> Layout:
+        """The last `count` indices, all on rank 0: where queries stand that every rank holds, as while decoding."""
+        return Layout(((range(max(0, self.length - count), self.length),), *((),) * (self.size - 1)))
+
     # -- the stock layouts ------------------------------------------------------------------------------------------
 
     @classmethod
     def contiguous(cls, length: int, size: int, *, block: int = 1) -> Self:
         """Rank r owns the r-th chunk, of whole blocks.   length 8, size 2:  0 1 2 3 | 4 5 6 7; with block 3:  0 1 2 | 3 4 5 6 7"""
         _check(length, size)
+        if block < 1:
+            raise LayoutError(f"A contiguous layout deals blocks of at least one token; got {block}.")
         blocks = -(-length // block)
         edges = [min(length, blocks * i // size * block) for i in range(size + 1)]
         return cls(tuple((range(a, b),) for a, b in zip(edges, edges[1:], strict=False)))

@@ -23,8 +23,8 @@ from ringctx.core.ring import Ring
 from ringctx.core.rules import PerHead
 from ringctx.errors import Unsupported
 from ringctx.methods.selectors.summaries import KIND, at_least_one, largest
-from ringctx.methods.sighted import attend, sight_at
-from ringctx.patterns import causal, own_block, queries_from, sinks
+from ringctx.methods.sighted import Chosen, attend, sight_at
+from ringctx.patterns import own_block, queries_from, sinks
 
 
 class RetainingHead(nn.Module):
@@ -73,12 +73,12 @@ class PassingBlocks:
         group, found = q.shape[2] // k.shape[2], []
         for n in range(len(q)):
             pattern = self.pattern(scores[n].detach(), group, ring, sight.key_layout)
-            attention = Attention(pattern=pattern, encoding=encoding)
+            attention = Attention(select=Chosen(pattern), encoding=encoding)
             found.append(attend(sight, attention, *(x[n : n + 1] for x in (q, k, v))))
         return torch.cat(found)
 
     def pattern(self, scores: Tensor, group: int, ring: Ring, layout: Layout) -> Pattern:
-        """Who sees whom, by scores (n g) of this rank's keys, for `group` query heads a key head; the same on every rank."""
+        """Which earlier keys are seen, by scores (n g) of this rank's keys, for `group` query heads a key head; the same on every rank."""
         every, indices = whole(ring, scores.float(), layout, KIND)
         if bool(every.isnan().any()):
             raise Unsupported("A retaining head gave a score that is not a number; look at its weights, or at what it was fed.")
@@ -91,4 +91,4 @@ class PassingBlocks:
                 columns[head] += indices[at[kept].cpu()].tolist()
         of_heads = ((range(n * group, (n + 1) * group), Lines(tuple(passed), ())) for n, passed in enumerate(columns))
         passing = PerHead(group_heads((list(heads), lines) for heads, lines in of_heads))
-        return causal() & (sinks(self.anchor) | own_block(self.block) | passing | queries_from(self.context))
+        return sinks(self.anchor) | own_block(self.block) | passing | queries_from(self.context)

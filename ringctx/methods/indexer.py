@@ -25,7 +25,7 @@ from ringctx.core.pattern import Pattern
 from ringctx.core.ring import Ring
 from ringctx.core.select import Sight
 from ringctx.methods.selectors.summaries import KIND, at_least_one, chosen, largest
-from ringctx.methods.sighted import attend, places, sight_at
+from ringctx.methods.sighted import Chosen, attend, places, sight_at
 
 ROWS = 256
 """Queries of a tile of index scores."""
@@ -89,8 +89,8 @@ def indexed_attention(
     method, found = f"attention to {top} indexed keys", list[Tensor]()
     sight = sight_at(method, q, k, ring=ring, layout=layout, key_layout=key_layout)
     for n in range(len(q)):
-        pattern = attention.pattern & _choose(sight, top, *(x.detach() for x in index.row(n)))
-        found.append(attend(sight, replace(attention, pattern=pattern), *(x[n : n + 1] for x in (q, k, v))))
+        select = Chosen(_choose(sight, top, *(x.detach() for x in index.row(n))))
+        found.append(attend(sight, replace(attention, select=select), *(x[n : n + 1] for x in (q, k, v))))
     return torch.cat(found)
 
 

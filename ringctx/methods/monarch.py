@@ -10,12 +10,14 @@ Knows matrices and rings. Knows nothing of models. Letters: m blocks of m x m, W
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ringctx.core.gathered import traded
 from ringctx.core.header import agree
-from ringctx.core.ring import Message, Ring
+from ringctx.core.ring import Ring
 from ringctx.errors import LayoutError
 
 Factors = tuple[Tensor, Tensor]
@@ -80,21 +82,15 @@ class _Trade(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, ring: Ring) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.ring = ring
-        return torch.cat(_exchanged(list(x.chunk(ring.size, 0)), ring), 1)
+        return torch.cat(_trade(x.chunk(ring.size, 0), ring), 1)
 
     @staticmethod
     def backward(ctx, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return torch.cat(_exchanged(list(dx.chunk(ctx.ring.size, 1)), ctx.ring, grads=True), 0), None
+        return torch.cat(_trade(dx.chunk(ctx.ring.size, 1), ctx.ring, grads=True), 0), None
 
 
-def _exchanged(parts: list[Tensor], ring: Ring, *, grads: bool = False) -> list[Tensor]:
-    """Part r goes to rank r; returned are those that came from each rank."""
-    sent = [part.contiguous() for part in parts]
-    got = [part if r == ring.rank else torch.empty_like(part) for r, part in enumerate(sent)]
-    others = [(ring.rank + n) % ring.size for n in range(1, ring.size)]
-    messages = [[Message(r, (some[r],)) for r in others] for some in (got, sent)]
-    ring.exchange("monarch", "a Monarch matrix's rows", *messages, grads=grads).wait()
-    return got
+def _trade(parts: Sequence[Tensor], ring: Ring, *, grads: bool = False) -> list[Tensor]:
+    return traded(ring, parts, parts, "monarch", grads=grads)
 
 
 def _blocks(factors: Factors, n: int) -> int:

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from ringctx.core.attention import Attention, Encoding
 from ringctx.core.entry import ring_attention
-from ringctx.core.gathered import gathered
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern
 from ringctx.core.ring import Ring
 from ringctx.core.select import Sight
 from ringctx.errors import LayoutError
-from ringctx.methods.selectors.summaries import KIND, at_least_one, chosen, largest
-from ringctx.methods.sighted import attend, places, sight_at
+from ringctx.methods.selectors.summaries import at_least_one, block_means, chosen, largest
+from ringctx.methods.sighted import Chosen, attend, places, sight_at
 from ringctx.patterns import causal, window
 
 
@@ -74,23 +73,18 @@ class NativeSparse:
         means = [self._means(x[0], sight) for x in (k, v)]
         compressed = self._compressed(q, means, sight)
         pattern = self._choose(q[0].detach(), means[0].detach(), sight)
-        selected, near = (
-            attend(sight, Attention(pattern=causal() & seen), q, k, v, transport=transport) for seen in (pattern, window(self.window))
-        )
+        branches = Attention(select=Chosen(pattern)), Attention(pattern=causal() & window(self.window))
+        selected, near = (attend(sight, attention, q, k, v, transport=transport) for attention in branches)
         first, second, third = gates.unsqueeze(-1).to(q.dtype).unbind(-2)
         return first * compressed + second * selected + third * near
 
     def _means(self, x: Tensor, sight: Sight) -> Tensor:
         """Keys or values (n g d) of this rank -> the means of all whole blocks (m g d), float64, on every rank."""
-        ring, layout, whole = sight.ring, sight.key_layout, sight.length // self.block
-        if sum(map(layout.count, range(ring.size))) != sight.length:
+        layout = sight.key_layout
+        if sum(map(layout.count, range(layout.size))) != sight.length:
             raise LayoutError(f"NSA takes means of whole blocks, and the keys' layout has gaps: {layout}. Give it every key.")
-        touching = [torch.unique(layout.indices(r) // self.block, return_inverse=True) for r in range(ring.size)]
-        touched, inverse = touching[ring.rank]
-        mine = x.new_zeros(len(touched), *x.shape[1:], dtype=torch.float64).index_add(0, inverse.to(x.device), x.double())
-        sums = gathered(ring, mine, KIND, [len(blocks) for blocks, _ in touching])
-        at = torch.cat([blocks for blocks, _ in touching]).to(x.device)
-        return sums.new_zeros(whole + 1, *x.shape[1:]).index_add(0, at, sums)[:whole] / self.block
+        means, _ = block_means(sight.ring, x, layout, self.block, sight.length)
+        return means[: sight.length // self.block]
 
     def _compressed(self, q: Tensor, means: list[Tensor], sight: Sight) -> Tensor:
         """Attention over the means, which every rank has: nothing travels."""

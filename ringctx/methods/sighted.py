@@ -6,6 +6,8 @@ Letters: b batch, s queries here, n keys here, h query heads, g key heads, d and
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ringctx.core.attention import Attention
@@ -13,6 +15,7 @@ from ringctx.core.decode import decode_with_lse
 from ringctx.core.entry import ring_attention
 from ringctx.core.header import agree
 from ringctx.core.layout import Layout
+from ringctx.core.pattern import Pattern
 from ringctx.core.ring import Ring
 from ringctx.core.select import Sight
 from ringctx.errors import LayoutError
@@ -29,8 +32,7 @@ def sight_at(
     keys = key_layout or layout
     if keys is None:
         raise LayoutError("Decoding was asked without a layout of the keys; pass key_layout=..., in which the newest tokens are the last.")
-    newest = Layout(((range(max(0, keys.length - q.shape[1]), keys.length),), *((),) * (keys.size - 1)))
-    sight = Sight(ring, layout or newest, keys, scale, decoding=layout is None)
+    sight = Sight(ring, layout or keys.newest(q.shape[1]), keys, scale, decoding=layout is None)
     facts = {"call": method, "batch": q.shape[0], "heads": (q.shape[2], *k.shape[2:]), "dtype": q.dtype, "decoding": sight.decoding}
     agree(ring, facts | {"layout": str(sight.layout), "key layout": str(keys)}, _problem(sight, q, k))
     return sight
@@ -50,6 +52,21 @@ def _problem(sight: Sight, q: Tensor, k: Tensor) -> LayoutError | None:
             f"q and k have {have[0]} and {have[1]} tokens, but the layouts give rank {sight.ring.rank} {want[0]} and {want[1]}."
         )
     return None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A selector that has chosen already: its pattern is planned, used once and dropped, as that of any selection. Models train with it."""
+
+    pattern: Pattern
+    prefill = decode = trains = True
+
+    def select(self, q: Tensor, k: Tensor, sight: Sight) -> Pattern:
+        """The pattern, which is the same on every rank."""
+        return self.pattern
+
+    def __repr__(self) -> str:
+        return f"Chosen({self.pattern})"
 
 
 def places(sight: Sight, q: Tensor) -> Tensor:

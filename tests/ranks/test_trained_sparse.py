@@ -218,3 +218,14 @@ def test_ranks_that_were_asked_otherwise_say_so_before_anything_moves(pool: Pool
     q, k, v, _ = golden_inputs(1, 4, N, 8, 2)
     with pytest.raises(LayoutError, match="q and k have 64 and 64 tokens, but the layouts give rank 0 60 and 60"):
         dilated_attention(q, k, v, reaches=((2, 1),), ring=Ring.alone(), layout=Layout.contiguous(60, 1))
+
+
+def test_what_was_chosen_is_planned_once_and_dropped() -> None:
+    ring, layout = Ring.alone(), ALONE["layout"]
+    q, k, v, _ = golden_inputs(1, 4, N, 8, 2)
+    for step in range(5):
+        q = q.roll(1, 1).detach().requires_grad_()
+        out = NativeSparse(8, 2, 8).attend(q, k, v, torch.ones(1, N, 4, 3, dtype=torch.float64), ring=ring, layout=layout)
+        kept = len(ring.kept)
+        out.sum().backward()
+        assert kept == 1 and len(ring.kept) == 1, step  # the window's call, which every step shares

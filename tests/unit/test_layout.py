@@ -46,6 +46,11 @@ def test_packed_documents_do_not_pile_their_left_overs_on_one_rank():
 def test_the_drawings_in_the_docstrings_are_right():
     rows = lambda layout: [layout.indices(r).tolist() for r in range(layout.size)]
     assert rows(Layout.contiguous(8, 2)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert rows(Layout.contiguous(8, 2, block=3)) == [[0, 1, 2], [3, 4, 5, 6, 7]]
+    assert rows(Layout.residue(6, 2, 4)) == [[0, 4, 1, 5], [2, 3]]
+    assert rows(Layout.zigzag(8, 2).newest(3)) == [[5, 6, 7], []]
+    with pytest.raises(LayoutError, match="blocks of at least one token; got 0"):
+        Layout.contiguous(8, 2, block=0)
     assert rows(Layout.zigzag(8, 2)) == [[0, 1, 6, 7], [2, 3, 4, 5]]
     assert rows(Layout.striped(8, 2)) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert rows(Layout.residue(8, 2, 4)) == [[0, 4, 1, 5], [2, 6, 3, 7]]

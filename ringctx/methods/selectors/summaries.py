@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ringctx.core.gathered import gathered
 from ringctx.core.header import share
 from ringctx.core.layout import Layout
 from ringctx.core.listed import Blocks
@@ -36,17 +37,15 @@ def num_blocks(length: int, block: int) -> int:
 def block_sums(ring: Ring, x: Tensor, layout: Layout, block: int, length: int) -> tuple[Tensor, Tensor]:
     """The sum over each block's tokens on all ranks, float64 (blocks, h, d), and how many they are, (blocks,); the same everywhere.
 
-    Each rank sends one row for each block that it has a token of.
+    Each rank sends one row for each block that it has a token of. Differentiable.
     """
-    places = [torch.unique(layout.indices(r) // block, return_inverse=True) for r in range(ring.size)]
-    touched, inverse = places[ring.rank]
-    mine = x.new_zeros(len(touched), *x.shape[1:], dtype=torch.float64)
-    mine.index_add_(0, inverse.to(x.device), x.double())
-    total = x.new_zeros(num_blocks(length, block), *x.shape[1:], dtype=torch.float64)
-    counts = torch.zeros(len(total), dtype=torch.float64)
-    for (blocks, at), part in zip(places, share(ring, mine, KIND, [len(blocks) for blocks, _ in places]), strict=True):
-        total[blocks.to(x.device)] += part
-        counts[blocks] += torch.bincount(at, minlength=len(blocks))
+    places = [torch.unique(layout.indices(r) // block, return_inverse=True, return_counts=True) for r in range(ring.size)]
+    touched, inverse, _ = places[ring.rank]
+    mine = x.new_zeros(len(touched), *x.shape[1:], dtype=torch.float64).index_add(0, inverse.to(x.device), x.double())
+    sums = gathered(ring, mine, KIND, [len(blocks) for blocks, _, _ in places])
+    at, many = (torch.cat([place[n] for place in places]) for n in (0, 2))
+    total = sums.new_zeros(num_blocks(length, block), *x.shape[1:]).index_add(0, at.to(x.device), sums)
+    counts = torch.zeros(len(total), dtype=torch.float64).index_add(0, at, many.double())
     return total, counts.to(x.device)
 
 
