@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ringctx.errors import ConfigError
+
+
+def _check_keys(name: str, block: Any, taken: Mapping[str, tuple[str, ...]], of_all: tuple[str, ...] = ()) -> None:
+    """Refuse keys that the block's kind does not take. taken: the keys of each kind; of_all: those that every kind takes."""
+    for key in dataclasses.fields(block):
+        if key.name not in ("kind", *of_all, *taken[block.kind]) and getattr(block, key.name) != key.default:
+            others = ", ".join(kind for kind, keys in taken.items() if key.name in keys)
+            raise ConfigError(f"attention.{name}.{key.name} means nothing with kind {block.kind}; leave it out, or set kind to {others}.")
+
 
 _POSITIONS = {
     "none": (), "pi": ("factor",), "ntk": ("factor",), "dynamic_ntk": ("factor",),
@@ -40,12 +50,7 @@ class PositionsConfig:
     """clex: the safetensors file of a trained flow; null for one that has not begun to learn, which is NTK-aware scaling."""
 
     def __post_init__(self) -> None:
-        for key in dataclasses.fields(self):
-            if key.name not in ("kind", *_POSITIONS[self.kind]) and getattr(self, key.name) != key.default:
-                others = ", ".join(kind for kind, keys in _POSITIONS.items() if key.name in keys)
-                raise ConfigError(
-                    f"attention.positions.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
-                )
+        _check_keys("positions", self, _POSITIONS)
         if self.kind != "none" and (self.factor is None or not 1 <= self.factor < math.inf):
             given = "missing" if self.factor is None else self.factor
             raise ConfigError(f"attention.positions.factor is {given}; {self.kind} needs at least 1, such as 4 for four times the length.")
@@ -111,15 +116,10 @@ class PatternConfig:
     """star: tokens of the document, which see the first block and their own; later ones see all."""
 
     def __post_init__(self) -> None:
-        for key in dataclasses.fields(self)[1:]:
-            value, is_taken = getattr(self, key.name), key.name in _PATTERNS[self.kind]
-            if value is not None and not is_taken:
-                others = ", ".join(kind for kind, keys in _PATTERNS.items() if key.name in keys)
-                raise ConfigError(
-                    f"attention.pattern.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
-                )
-            if value is None and is_taken and key.name != "seed":
-                raise ConfigError(f"attention.pattern.{key.name} is missing; {self.kind} needs it.")
+        _check_keys("pattern", self, _PATTERNS)
+        for key in _PATTERNS[self.kind]:
+            if getattr(self, key) is None and key != "seed":
+                raise ConfigError(f"attention.pattern.{key} is missing; {self.kind} needs it.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,17 +165,13 @@ class BranchesConfig:
     """dual_chunk, lm_infinite: the trained length; null for the model's own (dual_chunk) or the window (lm_infinite)."""
 
     def __post_init__(self) -> None:
-        for key in dataclasses.fields(self)[1:]:
-            value, is_taken = getattr(self, key.name), key.name in _BRANCHES[self.kind]
-            if value is not None and not is_taken:
-                others = ", ".join(kind for kind, keys in _BRANCHES.items() if key.name in keys)
-                raise ConfigError(
-                    f"attention.branches.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
-                )
-            if value is None and is_taken and key.name != "length":
-                raise ConfigError(f"attention.branches.{key.name} is missing; {self.kind} needs it: a number of 1 or more.")
+        _check_keys("branches", self, _BRANCHES)
+        for key in _BRANCHES[self.kind]:
+            value = getattr(self, key)
+            if value is None and key != "length":
+                raise ConfigError(f"attention.branches.{key} is missing; {self.kind} needs it: a number of 1 or more.")
             if value is not None and not 1 <= value < math.inf:
-                raise ConfigError(f"attention.branches.{key.name} is {value}; it must be at least 1.")
+                raise ConfigError(f"attention.branches.{key} is {value}; it must be at least 1.")
 
 
 _SELECT = {
@@ -237,12 +233,7 @@ class SelectConfig:
             raise ConfigError(
                 f"attention.select.dense_layers is {self.dense_layers}; it counts layers, 0 or more, and needs a kind but none."
             )
-        for key in dataclasses.fields(self):
-            if key.name not in ("kind", "dense_layers", *_SELECT[self.kind]) and getattr(self, key.name) is not None:
-                others = ", ".join(kind for kind, keys in _SELECT.items() if key.name in keys)
-                raise ConfigError(
-                    f"attention.select.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}."
-                )
+        _check_keys("select", self, _SELECT, of_all=("dense_layers",))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

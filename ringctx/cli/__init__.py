@@ -20,7 +20,7 @@ import click
 
 from ringctx import config as configuration
 from ringctx.cli import measuring
-from ringctx.cli.started import Typed, launched, left, read_document, ring_of
+from ringctx.cli.started import CONFIG, OVERRIDES, RANKS, Typed, launched, left, read_document, ring_of
 from ringctx.errors import ConfigError, RankLost, RingctxError
 from ringctx.runtime import launch
 from ringctx.runtime.launch import EXIT_BUG, EXIT_REQUEST, End
@@ -38,14 +38,14 @@ def ringctx(context: click.Context, verbose: bool) -> None:
 
 
 @ringctx.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@CONFIG
 @click.option("--document", type=click.Path(path_type=Path), help="The text to read: .txt, or .gz of it.")
 @click.option("--question", help="What to ask about it.")
-@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@RANKS
 @click.option("--save", type=click.Path(file_okay=False, path_type=Path), help="Keep what is read in this folder, as a snapshot.")
 @click.option("--resume", type=click.Path(file_okay=False, path_type=Path), help="Go on with the snapshot in this folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line; the text streams to stderr.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@OVERRIDES
 @click.option("--print-config", is_flag=True, help="Print the configuration with its overrides, and stop.")
 @click.pass_obj
 def generate(
@@ -81,11 +81,11 @@ def generate(
 
 
 @ringctx.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@CONFIG
+@RANKS
 @click.option("--host", help="The address to listen on; server.host by default.")
 @click.option("--port", type=click.IntRange(0, 65535), help="0 for any that is free; server.port by default.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@OVERRIDES
 @click.pass_obj
 def serve(typed: Typed, config: Path, ranks: int | None, host: str | None, port: int | None, overrides: tuple[str, ...]) -> int:
     """Answer over HTTP as OpenAI's interface does; a document is read once and asked many times."""
@@ -107,10 +107,10 @@ def serve(typed: Typed, config: Path, ranks: int | None, host: str | None, port:
 
 
 @ringctx.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+@CONFIG
+@RANKS
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@OVERRIDES
 @click.option("--deepspeed", type=click.Path(path_type=Path), metavar="FILE", help="DeepSpeed's JSON: its engine takes the steps.")
 @click.pass_obj
 def train(typed: Typed, config: Path, ranks: int | None, as_json: bool, overrides: tuple[str, ...], deepspeed: Path | None) -> int:

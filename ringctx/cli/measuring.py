@@ -10,14 +10,14 @@ from typing import Any
 import click
 
 from ringctx import config as configuration
-from ringctx.cli.started import Typed, launched, read_document, ring_of
+from ringctx.cli.started import AS_JSON, CONFIG, OVERRIDES, RANKS, Typed, launched, read_document, ring_of
 from ringctx.config import Config
 from ringctx.errors import ConfigError
 from ringctx.runtime import launch
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@AS_JSON
 def doctor(as_json: bool) -> int:
     """Say what this machine can run, and why not the rest."""
     from ringctx.tools import doctor
@@ -35,7 +35,7 @@ def doctor(as_json: bool) -> int:
 @click.option("--carry", type=click.Choice(["none", "selective"]), default="none", help="Time a carry against the same ring without.")
 @click.option("--kernel", "kernels", multiple=True, default=("auto",), show_default=True, help="Of the ring; may be repeated.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="The median of so many is reported.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@AS_JSON
 @click.pass_obj
 def bench(
     typed: Typed,
@@ -68,7 +68,7 @@ def bench(
 
 
 @click.command("eval")
-@click.argument("config", type=click.Path(path_type=Path))
+@CONFIG
 @click.option(
     "--task", type=click.Choice(["needle", "needles", "variables", "perplexity", "heads", "budgets", "search"]), required=True,
     help="Find a number in a text; find several with names; follow assignments; predict the text; name the heads that find; "
@@ -94,9 +94,9 @@ def bench(
     type=click.Path(path_type=Path),
     help="A folder for the rows as JSON and, of needles and heads, a heat map (needs ringctx[plot]).",
 )
-@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@RANKS
+@AS_JSON
+@OVERRIDES
 @click.pass_obj
 def evaluate(
     typed: Typed,
@@ -124,15 +124,15 @@ def evaluate(
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@CONFIG
 @click.option("--document", type=click.Path(path_type=Path), required=True, help="The text to read: .txt, or .gz of it.")
 @click.option("--tokens", type=int, help="Tokens of the text that are read; all by default.")
 @click.option("--rows", type=int, default=512, show_default=True, help="Tokens whose attention is measured, spread evenly.")
 @click.option("--selector", "selectors", multiple=True, help="A kind, or '{kind: a_shape, local: 1024}'; none for none. All by default.")
 @click.option("--out", type=click.Path(path_type=Path), help="A folder for the measures as JSON, and pictures (needs ringctx[plot]).")
-@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@RANKS
+@AS_JSON
+@OVERRIDES
 @click.pass_obj
 def inspect(
     typed: Typed,
@@ -164,15 +164,15 @@ def inspect(
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@CONFIG
 @click.option("--method", multiple=True, help="As 'rope', 'yarn' or 'coca, dynamic_ntk'; may be repeated. All by default; window always.")
 @click.option("--length", type=click.IntRange(min=2), multiple=True, help="Tokens to read; may be repeated. Up to 16 times training's.")
 @click.option("--seed", type=int, multiple=True, help="Of models; 0 by default, may be repeated.")
 @click.option("--windows", type=click.IntRange(min=1), help="Held-out windows of each length; 32 by default.")
 @click.option("--out", type=click.Path(path_type=Path), help="A folder for the rows as JSON, and a picture (needs ringctx[plot]).")
-@click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated.")
+@RANKS
+@AS_JSON
+@OVERRIDES
 @click.pass_obj
 def extrapolate(
     typed: Typed, config: Path, out: Path | None, ranks: int | None, as_json: bool, overrides: tuple[str, ...], **said: Any

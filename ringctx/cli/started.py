@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from ringctx.core.ring import Ring
 
 
+CONFIG = click.argument("config", type=click.Path(path_type=Path))
+RANKS = click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine; under torchrun, its ranks are used.")
+OVERRIDES = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a key of the configuration; may be repeated."
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
 @dataclass(frozen=True)
 class Typed:
     """What every command knows: how much to log, and the arguments as typed, for ranks that run the same command."""

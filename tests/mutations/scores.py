@@ -23,9 +23,9 @@ HEADS_AND_SCORES = (
     ),
     Mutation(
         "decode_index",
-        CORE + "decode.py",
-        "range(max(0, key_layout.length - q.shape[1]), key_layout.length)",
-        "range(max(0, key_layout.length - q.shape[1]) + 1, key_layout.length + 1)",
+        CORE + "layout.py",
+        "range(max(0, self.length - count), self.length)",
+        "range(max(0, self.length - count) + 1, self.length + 1)",
         "the new token stands one place further on, as if its key were not in the cache yet",
         promise("test_decode_is_the_definition_and_equal_on_every_rank[window-1]"),
     ),
