@@ -5,22 +5,12 @@ See `ringctx.config`, which holds the other blocks.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ringctx.errors import ConfigError
-
-
-def _check_keys(name: str, block: Any, taken: Mapping[str, tuple[str, ...]], of_all: tuple[str, ...] = ()) -> None:
-    """Refuse keys that the block's kind does not take. taken: the keys of each kind; of_all: those that every kind takes."""
-    for key in dataclasses.fields(block):
-        if key.name not in ("kind", *of_all, *taken[block.kind]) and getattr(block, key.name) != key.default:
-            others = ", ".join(kind for kind, keys in taken.items() if key.name in keys)
-            raise ConfigError(f"attention.{name}.{key.name} means nothing with kind {block.kind}; leave it out, or set kind to {others}.")
-
+from ringctx.strict import check_keys
 
 _POSITIONS = {
     "none": (), "pi": ("factor",), "ntk": ("factor",), "dynamic_ntk": ("factor",),
@@ -50,7 +40,7 @@ class PositionsConfig:
     """clex: the safetensors file of a trained flow; null for one that has not begun to learn, which is NTK-aware scaling."""
 
     def __post_init__(self) -> None:
-        _check_keys("positions", self, _POSITIONS)
+        check_keys("attention.positions", self, _POSITIONS)
         if self.kind != "none" and (self.factor is None or not 1 <= self.factor < math.inf):
             given = "missing" if self.factor is None else self.factor
             raise ConfigError(f"attention.positions.factor is {given}; {self.kind} needs at least 1, such as 4 for four times the length.")
@@ -116,7 +106,7 @@ class PatternConfig:
     """star: tokens of the document, which see the first block and their own; later ones see all."""
 
     def __post_init__(self) -> None:
-        _check_keys("pattern", self, _PATTERNS)
+        check_keys("attention.pattern", self, _PATTERNS)
         for key in _PATTERNS[self.kind]:
             if getattr(self, key) is None and key != "seed":
                 raise ConfigError(f"attention.pattern.{key} is missing; {self.kind} needs it.")
@@ -165,7 +155,7 @@ class BranchesConfig:
     """dual_chunk, lm_infinite: the trained length; null for the model's own (dual_chunk) or the window (lm_infinite)."""
 
     def __post_init__(self) -> None:
-        _check_keys("branches", self, _BRANCHES)
+        check_keys("attention.branches", self, _BRANCHES)
         for key in _BRANCHES[self.kind]:
             value = getattr(self, key)
             if value is None and key != "length":
@@ -233,7 +223,7 @@ class SelectConfig:
             raise ConfigError(
                 f"attention.select.dense_layers is {self.dense_layers}; it counts layers, 0 or more, and needs a kind but none."
             )
-        _check_keys("select", self, _SELECT, of_all=("dense_layers",))
+        check_keys("attention.select", self, _SELECT, of_all=("dense_layers",))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,12 +5,12 @@ See `ringctx.config`, which holds the other blocks.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ringctx.errors import ConfigError
+from ringctx.strict import check_keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,13 +83,7 @@ class EvictConfig:
     """forgotten: drop only keys that cannot matter: of each softmax at most this share is lost, such as 1e-6, whatever comes."""
 
     def __post_init__(self) -> None:
-        for key in dataclasses.fields(self):
-            if (
-                key.name not in ("kind", *_EVICT[self.kind], *["each_chunk"] * (self.kind != "none"))
-                and getattr(self, key.name) != key.default
-            ):
-                others = ", ".join(kind for kind, keys in _EVICT.items() if key.name in keys) or "one that evicts"
-                raise ConfigError(f"cache.evict.{key.name} means nothing with kind {self.kind}; leave it out, or set kind to {others}.")
+        check_keys("cache.evict", self, _EVICT, of_all=("each_chunk",) * (self.kind != "none"))
         for name, least in (
             ("sinks", 0),
             ("recent", 0 if self.kind == "h2o" else 1),

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -125,3 +126,14 @@ _NAMES: dict[Any, str] = {
 def kind_of(value: Any) -> str:
     """What a value is, in words."""
     return {list: "a list", dict: "a block", **_NAMES}.get(type(value), type(value).__name__)
+
+
+def check_keys(name: str, block: Any, taken: Mapping[str, tuple[str, ...]], of_all: tuple[str, ...] = ()) -> None:
+    """Raise ConfigError for a key that was set and that a block's kind does not take.
+
+    name: of the block, for messages. taken: the keys of each kind; of_all: those that this one takes whatever it is.
+    """
+    for key in dataclasses.fields(block):
+        if key.name not in ("kind", *of_all, *taken[block.kind]) and getattr(block, key.name) != key.default:
+            others = ", ".join(kind for kind, keys in taken.items() if key.name in keys) or "another"
+            raise ConfigError(f"{name}.{key.name} means nothing with kind {block.kind}; leave it out, or set kind to {others}.")
