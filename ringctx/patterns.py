@@ -84,7 +84,7 @@ def fixed(l: int, c: int) -> Pattern:
 
 
 def own_block(size: int) -> Pattern:
-    """i // size >= j // size, and no key of an earlier block; with `causal()` a query sees the keys of its own block."""
+    """i // size <= j // size: no key of an earlier block; with `causal()` a query sees the keys of its own block."""
     return Chunks(size, 1)
 
 

@@ -67,7 +67,7 @@ def decode_with_lse(
     """`decode_attention` and the lse (b n_q h) of its rows, the sink included, in the accumulation dtype."""
     queries = key_layout.newest(q.shape[1])
     call = Call(ring, queries, key_layout, attention, "auto", "auto", train=False)
-    problem = _problem(q, k, v, key_layout, ring, attention) or _carry_problem(q, k, queries, ring, attention, carry)
+    problem = decode_problem(q, k, v, key_layout, ring, attention) or _carry_problem(q, k, queries, ring, attention, carry)
     agree(ring, call.facts(q, k, v, "decode", 0, 0) | {"new tokens": q.shape[1]}, problem)
     rows, keys = queries.spans[0], key_layout.spans[ring.rank]
     if attention.encoding is not None:
@@ -122,7 +122,7 @@ def decode_explicit(
         return total.out.to(q.dtype), total.lse
 
 
-def _problem(q: Tensor, k: Tensor, v: Tensor, key_layout: Layout, ring: Ring, attention: Attention) -> RingctxError | None:
+def decode_problem(q: Tensor, k: Tensor, v: Tensor, key_layout: Layout, ring: Ring, attention: Attention) -> RingctxError | None:
     """Why this rank cannot decode, or None."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return Unsupported("decode_attention has no backward; call it under torch.no_grad(), or train with ring_attention.")

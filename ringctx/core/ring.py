@@ -28,7 +28,10 @@ GRADS_TAG = 2**30
 
 @dataclass
 class Traffic:
-    """Bytes and messages that this rank sent and received, by kind: keys, grads, heads, queries, partials, scores, selection, header."""
+    """Bytes and messages that this rank sent and received, by kind.
+
+    Kinds: keys, grads, heads, queries, partials, scores, selection, memory, monarch, header.
+    """
 
     sent: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)

@@ -69,7 +69,7 @@ class PassingBlocks:
 
         layout: as in ring_attention; None while decoding, when every rank holds the newest tokens, the last of key_layout.
         """
-        sight = sight_at(self, q, k, ring=ring, layout=layout, key_layout=key_layout)
+        sight = sight_at(self, q, k, v, ring=ring, layout=layout, key_layout=key_layout)
         group, found = q.shape[2] // k.shape[2], []
         for n in range(len(q)):
             pattern = self.pattern(scores[n].detach(), group, ring, sight.key_layout)

@@ -57,7 +57,7 @@ def forgetting_attention(
 
     layout: as in ring_attention; None while decoding, when every rank holds the newest tokens, the last of key_layout, without backward.
     """
-    sight, found = sight_at("forgetting gate", q, k, ring=ring, layout=layout, key_layout=key_layout), list[Tensor]()
+    sight, found = sight_at("forgetting gate", q, k, v, ring=ring, layout=layout, key_layout=key_layout), list[Tensor]()
     for n in range(len(q)):
         every, _ = whole(ring, gates[n], sight.key_layout, "scores")
         attention = Attention(encoding=encoding, scores=(Faded(every.cumsum(0).T.contiguous()),))

@@ -87,7 +87,7 @@ def indexed_attention(
     """
     at_least_one("indexed_attention", top=top)
     method, found = f"attention to {top} indexed keys", list[Tensor]()
-    sight = sight_at(method, q, k, ring=ring, layout=layout, key_layout=key_layout)
+    sight = sight_at(method, q, k, v, ring=ring, layout=layout, key_layout=key_layout)
     for n in range(len(q)):
         select = Chosen(_choose(sight, top, *(x.detach() for x in index.row(n))))
         found.append(attend(sight, replace(attention, select=select), *(x[n : n + 1] for x in (q, k, v))))
@@ -102,7 +102,7 @@ def indexer_loss(
     q (b s h d), k (b s g d): the model's, encoded; they get no gradient, and k travels to every rank. top: None for the warm-up over all
     keys before a query, or as many as are chosen. Tiles of rows are computed again in backward.
     """
-    at = places(sight_at(f"an indexer's loss, top {top}", q, k, ring=ring, layout=layout, key_layout=None), q)
+    at = places(sight_at(f"an indexer's loss, top {top}", q, k, k, ring=ring, layout=layout), q)
     sums = []
     for n in range(len(q)):
         keys, j = whole(ring, k[n].detach(), layout, KIND)

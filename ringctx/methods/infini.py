@@ -24,12 +24,12 @@ from ringctx.core.attention import Attention, Encoding
 from ringctx.core.decode import decode_attention
 from ringctx.core.entry import ring_attention
 from ringctx.core.gathered import gathered
-from ringctx.core.header import agree
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Message, Ring
 from ringctx.core.rules import at_least
 from ringctx.errors import LayoutError
 from ringctx.kernels.base import accumulation_dtype
+from ringctx.methods.sighted import sight_at
 from ringctx.patterns import causal, own_block
 
 KIND = "memory"
@@ -107,8 +107,8 @@ class Infini:
         a sequence begins where whole segments end. Differentiable; the gradient of the gate is this rank's share.
         Raises LayoutError where a rank holds parts of segments, or out of order.
         """
-        facts = {"call": "Infini-attention", "method": self, "layout": str(layout), "widths": (*k.shape[2:], v.shape[3])}
-        agree(ring, facts, self._problem(layout))
+        sight_at(self, q, k, v, ring=ring, layout=layout)
+        self._check(layout)
         near = ring_attention(q, k, v, ring=ring, layout=layout, attention=self._near(encoding))
         assert isinstance(near, Tensor)
         state = Memory.empty(k, v) if memory is None else memory
@@ -140,27 +140,27 @@ class Infini:
     def _near(self, encoding: Encoding | None) -> Attention:
         return Attention(pattern=causal() & own_block(self.segment), encoding=encoding)
 
-    def _problem(self, layout: Layout) -> LayoutError | None:
+    def _check(self, layout: Layout) -> None:
         owned = [ranges for ranges in layout.spans if ranges]
         edges = [(ranges[0].start, ranges[-1].stop) for ranges in owned]
         in_order = all(len(ranges) == 1 and ranges[0].step == 1 for ranges in owned)
         joined = all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
-        if in_order and joined and all(start % self.segment == 0 for start, _ in edges):
-            return None
-        return LayoutError(
-            f"Infini-attention reads segments of {self.segment} tokens in order, and the layout ({layout}) gives ranks parts of them; "
-            f"make it by Infini({self.segment}).layout(length, ranks), and begin later parts where whole segments end."
-        )
+        if not (in_order and joined and all(start % self.segment == 0 for start, _ in edges)):
+            raise LayoutError(
+                f"Infini-attention reads segments of {self.segment} tokens in order, and the layout ({layout}) gives ranks parts of them; "
+                f"make it by Infini({self.segment}).layout(length, ranks), and begin later parts where whole segments end."
+            )
 
     def _at_once(self, q: Tensor, k: Tensor, v: Tensor, state: Memory, ring: Ring) -> tuple[Tensor, Memory]:
         """Linear: each rank's own sum goes to all ranks, which add those before them."""
-        mine = _joined(Memory.empty(k, v), k, v)
+        here = [_joined(Memory.empty(k, v), k, v)]  # the memory of this rank's own tokens before each of its segments, and after all
         for _, k_, v_ in self._whole(q, k, v):
-            mine = mine.added(k_, v_, False)
-        sums = gathered(ring, mine.packed()[None], KIND, [1] * ring.size)
-        before = Memory.unpacked(state.packed() + sums[: ring.rank].sum(0))
-        far, _ = self._read(q, k, v, before)
-        return far, Memory.unpacked(state.packed() + sums.sum(0))
+            here.append(here[-1].added(k_, v_, False))
+        sums = gathered(ring, here[-1].packed()[None], KIND, [1] * ring.size)
+        before = state.packed() + sums[: ring.rank].sum(0)
+        segments = [*(q_ for (q_,) in self._whole(q)), q[:, (len(here) - 1) * self.segment :]]
+        far = [Memory.unpacked(before + own.packed()).read(q_) for own, q_ in zip(here, segments, strict=True)]
+        return torch.cat(far, 1), Memory.unpacked(state.packed() + sums.sum(0))
 
     def _in_turn(self, q: Tensor, k: Tensor, v: Tensor, state: Memory, ring: Ring) -> tuple[Tensor, Memory]:
         """Delta: the state goes from rank to rank."""
@@ -173,11 +173,11 @@ class Infini:
         return far, Memory.unpacked(gathered(ring, last, KIND, [0] * (ring.size - 1) + [1])[0])
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor, state: Memory) -> tuple[Tensor, Memory]:
-        """What these tokens read (b s h e), and the memory with their whole segments."""
+        """By the delta rule: what these tokens read (b s h e), and the memory with their whole segments."""
         found = []
         for q_, k_, v_ in self._whole(q, k, v):
             found.append(state.read(q_))
-            state = state.added(k_, v_, self.delta)
+            state = state.added(k_, v_, True)
         rest = q[:, len(found) * self.segment :]
         return torch.cat([*found, state.read(rest)], 1), state
 

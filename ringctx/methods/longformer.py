@@ -19,6 +19,7 @@ from ringctx.core.layout import Layout, ranges_of
 from ringctx.core.lines import Lines
 from ringctx.core.pattern import Pattern
 from ringctx.core.ring import Ring
+from ringctx.core.rules import some
 from ringctx.errors import ConfigError, LayoutError
 from ringctx.methods.sighted import attend_with_lse, sight_at
 from ringctx.patterns import band, causal, dilated, full, own_block
@@ -38,8 +39,9 @@ def longformer_attention(
     Raises LayoutError for tokens beyond the sequence, and what ring_attention raises.
     """
     named = torch.tensor(sorted(set(tokens)), dtype=torch.int64)
-    if len(named) and (named[0] < 0 or named[-1] >= layout.length):
-        raise LayoutError(f"Global tokens are named by index, 0 to {layout.length - 1} here; {int(named[-1])} or {int(named[0])} is none.")
+    beyond = named[(named < 0) | (named >= layout.length)].tolist()
+    if beyond:
+        raise LayoutError(f"Global tokens are named by index, 0 to {layout.length - 1} here, and {some(beyond)} is not there.")
     near = pattern & (band(-window, window) | Lines(tuple(named.tolist()), ()))
     q, k, v = local
     out = ring_attention(q, k, v, ring=ring, layout=layout, attention=Attention(pattern=near))
@@ -74,7 +76,7 @@ def dilated_attention(
     """
     if not reaches:
         raise ConfigError("dilated_attention was given no reaches; write pairs of a segment and a rate, such as ((2048, 1), (4096, 2)).")
-    sight = sight_at(f"dilated attention {tuple(reaches)}", q, k, ring=ring, layout=layout, key_layout=key_layout)
+    sight = sight_at(f"dilated attention {tuple(reaches)}", q, k, v, ring=ring, layout=layout, key_layout=key_layout)
     pattern = lambda segment, rate: causal() & own_block(segment) & dilated(rate)
     parts = [attend_with_lse(sight, Attention(pattern=pattern(*reach), encoding=encoding), q, k, v) for reach in reaches]
     weights = torch.stack([lse for _, lse in parts]).softmax(0).unsqueeze(-1)  # a row sees itself in every reach: no row is all -inf

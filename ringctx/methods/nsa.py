@@ -61,7 +61,7 @@ class NativeSparse:
         key_layout, and there is no backward. encoding: of queries and keys by index; compressed keys are means of encoded ones.
         Raises what ring_attention and decode_attention raise, LayoutError where keys are missing from a block.
         """
-        sight = sight_at(self, q, k, ring=ring, layout=layout, key_layout=key_layout, scale=q.shape[3] ** -0.5)
+        sight = sight_at(self, q, k, v, ring=ring, layout=layout, key_layout=key_layout, scale=q.shape[3] ** -0.5)
         if encoding is not None:
             q = encoding.queries(q, places(sight, q))
             k = encoding.keys(k, sight.key_layout.indices(ring.rank, k.device))

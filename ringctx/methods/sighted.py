@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ringctx.core.attention import Attention
-from ringctx.core.decode import decode_with_lse
+from ringctx.core.call import Call
+from ringctx.core.decode import decode_problem, decode_with_lse
 from ringctx.core.entry import ring_attention
 from ringctx.core.header import agree
 from ringctx.core.layout import Layout
@@ -22,36 +23,29 @@ from ringctx.errors import LayoutError
 
 
 def sight_at(
-    method: object, q: Tensor, k: Tensor, *, ring: Ring, layout: Layout | None, key_layout: Layout | None, scale: float = 1.0
+    method: object,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ring: Ring,
+    layout: Layout | None,
+    key_layout: Layout | None = None,
+    scale: float = 1.0,
 ) -> Sight:
-    """Where q (b s h d) and k (b n g d) live, once all ranks agree on it. layout None: decoding, when all hold the newest tokens.
+    """Where q (b s h d) and k (b n g d), v (b n g e) live, once all ranks agree on it. layout None: decoding, all hold the newest tokens.
 
     method: printed by its content, the same on every rank. Raises LayoutError where neither layout is given or a tensor does not fit,
-    RanksDisagree.
+    Unsupported for gradients while decoding, RanksDisagree.
     """
     keys = key_layout or layout
     if keys is None:
         raise LayoutError("Decoding was asked without a layout of the keys; pass key_layout=..., in which the newest tokens are the last.")
-    sight = Sight(ring, layout or keys.newest(q.shape[1]), keys, scale, decoding=layout is None)
-    facts = {"call": method, "batch": q.shape[0], "heads": (q.shape[2], *k.shape[2:]), "dtype": q.dtype, "decoding": sight.decoding}
-    agree(ring, facts | {"layout": str(sight.layout), "key layout": str(keys)}, _problem(sight, q, k))
+    sight, plain = Sight(ring, layout or keys.newest(q.shape[1]), keys, scale, decoding=layout is None), Attention()
+    call = Call(ring, sight.layout, keys, plain, "auto", "auto", train=False)
+    problem = decode_problem(q, k, v, keys, ring, plain) if sight.decoding else call.problem(q, k, v)
+    agree(ring, call.facts(q, k, v, str(method), 0, 0), problem)
     return sight
-
-
-def _problem(sight: Sight, q: Tensor, k: Tensor) -> LayoutError | None:
-    """Why these tensors are not this rank's, or None."""
-    if not sight.ring.size == sight.layout.size == sight.key_layout.size:
-        return LayoutError(
-            f"The ring has {sight.ring.size} ranks, and the layouts {sight.layout.size} and {sight.key_layout.size}; "
-            f"make them for {sight.ring.size}."
-        )
-    have = q.shape[1], k.shape[1]
-    want = sight.layout.count(0 if sight.decoding else sight.ring.rank), sight.key_layout.count(sight.ring.rank)
-    if have != want:
-        return LayoutError(
-            f"q and k have {have[0]} and {have[1]} tokens, but the layouts give rank {sight.ring.rank} {want[0]} and {want[1]}."
-        )
-    return None
 
 
 @dataclass(frozen=True)

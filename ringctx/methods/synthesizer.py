@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from ringctx.core.attention import Attention
 from ringctx.core.entry import ring_attention
 from ringctx.core.gathered import whole
-from ringctx.core.header import agree
 from ringctx.core.layout import Layout
 from ringctx.core.pattern import Causal, Pattern
 from ringctx.core.ring import Ring
 from ringctx.errors import LayoutError
 from ringctx.methods.scores import PairBias, Params, require_heads
+from ringctx.methods.sighted import sight_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +210,7 @@ class FactorisedDense(nn.Module):
     def forward(self, x: Tensor, v: Tensor, *, ring: Ring, layout: Layout, pattern: Pattern = Causal()) -> Tensor:
         """x (b s c) and v (b s h e) of this rank -> (b s h e), a sequence at a time."""
         _check(self.widths[0] * self.widths[1], layout)
-        agree(ring, {"call": "Synthesizer, factorised dense", "widths": self.widths, "values": v.shape[2:], "layout": str(layout)})
+        sight_at(f"Synthesizer, factorised dense {self.widths}", v, v, v, ring=ring, layout=layout)
         rows, found = self.rows(x).unflatten(-1, (self.heads, -1)), list[Any]()
         for mine, values in zip(rows, v, strict=True):
             every, _ = whole(ring, mine, layout, "scores")

@@ -57,10 +57,10 @@ FUNCTIONS = (
     Mutation(
         "infini_reads_its_own_segment",
         METHODS + "infini.py",
-        "            found.append(state.read(q_))\n            state = state.added(k_, v_, self.delta)",
-        "            state = state.added(k_, v_, self.delta)\n            found.append(state.read(q_))",
+        "            found.append(state.read(q_))\n            state = state.added(k_, v_, True)",
+        "            state = state.added(k_, v_, True)\n            found.append(state.read(q_))",
         "a segment reads what it has just put in",
-        INFINI,
+        INFINI[1:],
     ),
     Mutation(
         "infini_first_ranks_memory",

@@ -84,7 +84,7 @@ def measure(config: Config, ring: Ring, asked: Asked, after_row: Callable[[Row],
         for name in dict.fromkeys(METHODS[one].trained for one in asked.methods)
         for seed in asked.seed
     }
-    data = data_of(config.training, Path(config.training.out) / "any", None)
+    data = data_of(config.training, Path(config.training.out) / "any", None)  # the text lies beside the models' folders
     assert isinstance(data, Text)
     rows = []
     for length, (ids, hidden) in _tests(config, data, asked):
