@@ -89,12 +89,14 @@ def _draw_heads(result: Result, path: Path) -> None:
     """Four maps, layers down and heads across."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axes, (name, of) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         scale: dict[str, Any] = {"norm": LogNorm(1, result.tokens)} if name == "effective keys" else {"vmin": 0, "vmax": 1}
         drawn = axes.imshow(_grid(result, partial(of, result)), aspect="auto", cmap="viridis", **scale)
         axes.set(title=name, xlabel="head", ylabel="layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(drawn, ax=axes)
     figure.suptitle(f"{result.tokens:,} tokens, {result.rows} rows")
     figure.savefig(path, dpi=150)
@@ -112,11 +114,12 @@ def _draw_distance(result: Result, path: Path) -> None:
     left.set_xticks(range(len(result.edges)), [_short(edge) for edge in result.edges], rotation=90)
     left.set(title="weight by distance, mean of heads", xlabel="distance from", ylabel="layer")
     figure.colorbar(drawn, ax=left)
+    ends = [1, *(2 * edge for edge in result.edges[1:])]
     for head in result.heads:
         shade = head.layer / max(layers[-1], 1)
-        right.plot(result.edges, _within(head.distance), color=(shade, 0.3, 1 - shade), alpha=0.35, linewidth=0.8)
-    right.set_xscale("symlog", base=2, linthresh=1)
-    right.set(title="weight within a distance, a line a head (blue: first layers)", xlabel="distance below twice", ylabel="weight")
+        right.plot(ends, _within(head.distance), color=(shade, 0.3, 1 - shade), alpha=0.35, linewidth=0.8)
+    right.set_xscale("log", base=2)
+    right.set(title="weight within a distance, a line a head (blue: first layers)", xlabel="distance below", ylabel="weight")
     figure.savefig(path, dpi=150)
 
 
