@@ -261,7 +261,7 @@ def forward(
         problem = error
     agree(call.ring, call.facts(q, k, v, "forward", seed, batch_offset), problem)
     assert route is not None
-    with call.ring.unbroken():
+    with call.ring.unbroken("forward"):
         if isinstance(work, CarriedWork):
             start = params[-1] if call.has_start else None
             out, lse, memory, met, now = relay.forward(call.way(route, work), q, k, v, start, call.measure)
@@ -321,7 +321,7 @@ def backward(
     given = {"gradient of lse": dlse is not None, "gradient of memory": dmemory is not None}
     facts = {**call.facts(q, k, v, "backward", seed, batch_offset), **given}
     agree(call.ring, facts)
-    with call.ring.unbroken():
+    with call.ring.unbroken("backward"):
         route = call.route(q, k, v)
         work = _work(call, route, params, seed, batch_offset, need_param_grads)
         if isinstance(work, CarriedWork):

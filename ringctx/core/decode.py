@@ -75,7 +75,7 @@ def decode_with_lse(
         k = attention.encoding.keys(k, key_layout.indices(ring.rank, k.device))
     if attention.select is not None:
         attention = narrowed(q, k, sight_of(ring, queries, key_layout, attention, k.shape[3], decoding=True), attention)
-    with torch.no_grad(), ring.unbroken():
+    with torch.no_grad(), ring.unbroken("decode"):
         groups = head_groups(attention, q.shape[2], k.shape[2])
         params = [p.detach() for p in attention.params()]
         if carry is not None:
@@ -108,7 +108,7 @@ def decode_explicit(
     """
     i = torch.arange(length - q.shape[1], length, device=q.device)
     check("decode at explicit indices", q, parts, ring, attention, {"new tokens": q.shape[1], "length": length})
-    with torch.no_grad(), ring.unbroken():
+    with torch.no_grad(), ring.unbroken("decode at explicit keys"):
         turned, parts = encoded(attention, q, i, parts)
         if carry is not None:
             mine = attend_forgetting_here(attention, turned, i, parts[0], carry)

@@ -85,7 +85,7 @@ def attend_forgetting(
     All ranks must call it together. No gradient. Raises LayoutError, Unsupported, RanksDisagree, RankLost.
     """
     check("attention at explicit indices with a carry", q, [keys], ring, attention)
-    with torch.no_grad(), ring.unbroken():
+    with torch.no_grad(), ring.unbroken("forgetting keys"):
         q, (keys,) = encoded(attention, q, i, [keys])
         work, j = _work(q, keys, attention), keys.indices[:, 0].contiguous()
         sizes = [int(n) for n in share(ring, torch.tensor([j.shape[1]]), "header")] if ring.size > 1 else [j.shape[1]]

@@ -11,7 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Self
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringctx.core.timeline import Timeline, Trip
 from ringctx.errors import ConfigError, RankLost
 
 GRADS_TAG = 2**30
@@ -31,11 +32,13 @@ class Traffic:
     """Bytes and messages that this rank sent and received, by kind.
 
     Kinds: keys, grads, heads, queries, partials, scores, selection, memory, monarch, header.
+    timeline: when they travelled, while `Ring.recorded` is open.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
+    timeline: Timeline | None = None
 
     def reset(self) -> None:
         """Begin counting anew."""
@@ -59,19 +62,28 @@ class Message:
 class Pending:
     """Messages under way. `wait` returns when all have arrived and left, or raises RankLost; it keeps the tensors alive."""
 
-    def __init__(self, ring: Ring, what: str, works: Sequence[tuple[dist.Work, int, str]], messages: Sequence[Message]) -> None:
-        self._ring, self._what, self._works, self._messages = ring, what, works, messages
+    def __init__(
+        self, ring: Ring, what: str, works: Sequence[tuple[dist.Work, int, str]], messages: Sequence[Message], trip: Trip | None = None
+    ) -> None:
+        self._ring, self._what, self._works, self._messages, self._trip = ring, what, works, messages, trip
 
     def wait(self) -> None:
         """Raises RankLost, naming the peer and the hop, when a peer is gone or misses the ring's deadline."""
         began = time.monotonic()
+        self._note()
         for work, peer, direction in self._works:
             left = max(self._ring.timeout - (time.monotonic() - began), 0.001)
             try:
                 work.wait(timedelta(seconds=left))
             except RuntimeError as error:
                 self._ring.lost(peer, direction, self._what, time.monotonic() - began, error)
-        self._works, self._messages = (), ()
+        self._note()
+        self._works, self._messages, self._trip = (), (), None
+
+    def _note(self) -> None:
+        timeline = self._ring.traffic.timeline
+        if self._trip is not None and timeline is not None:
+            self._trip.moments.append(timeline.moment())
 
 
 class Ring:
@@ -207,18 +219,21 @@ class Ring:
                 self._count(kind, message, direction)
         if not ops:
             return Pending(self, what, (), ())
+        timeline = self.traffic.timeline
+        trip = timeline.trip(kind, what, _bytes(receive), _bytes(send)) if timeline else None
         try:
             works = dist.batch_isend_irecv(ops)
         except RuntimeError as error:
             self.lost(meta[0][0], meta[0][1], what, 0.0, error)
         if len(works) != len(ops):  # NCCL coalesces a batch into one work
             meta = meta[: len(works)]
-        return Pending(self, what, [(work, *m) for work, m in zip(works, meta, strict=True)], (*receive, *send))
+        if timeline and trip:
+            trip.moments.append(timeline.moment())
+        return Pending(self, what, [(work, *m) for work, m in zip(works, meta, strict=True)], (*receive, *send), trip)
 
     def _count(self, kind: str, message: Message, direction: str) -> None:
-        size = sum(t.numel() * t.element_size() for t in message.tensors)
         counter = self.traffic.received if direction == "from" else self.traffic.sent
-        counter[kind] += size
+        counter[kind] += _bytes([message])
         self.traffic.messages[kind] += sum(t.numel() > 0 for t in message.tensors)
 
     def lost(self, peer: int, direction: str, what: str, waited: float, error: BaseException) -> None:
@@ -234,10 +249,25 @@ class Ring:
         raise RankLost(self.dead) from error
 
     @contextmanager
-    def unbroken(self) -> Iterator[None]:
-        """What runs inside must end on every rank: if it fails here, peers hold half of a call, and the ring is broken."""
+    def recorded(self) -> Iterator[Timeline]:
+        """While open, what this rank calls, posts and waits for is written down in the timeline; on CUDA at an event a moment."""
+        is_cuda = self.group is not None and "nccl" in dist.get_backend(self.group)
+        self.traffic.timeline = timeline = Timeline(is_cuda=is_cuda)
         try:
-            yield
+            yield timeline
+        finally:
+            self.traffic.timeline = None
+
+    @contextmanager
+    def unbroken(self, what: str) -> Iterator[None]:
+        """What runs inside must end on every rank: if it fails here, peers hold half of a call, and the ring is broken.
+
+        what: how the timeline calls it.
+        """
+        timeline = self.traffic.timeline
+        try:
+            with timeline.call(what) if timeline else nullcontext():
+                yield
         except RankLost as error:
             self.dead = str(error)
             raise
@@ -261,6 +291,10 @@ class Ring:
     def __str__(self) -> str:
         folds = f", head groups of {self.heads}" * (self.heads > 1) + f", {self.nodes} nodes" * (self.nodes > 1)
         return f"rank {self.rank} of {self.size}{folds}"
+
+
+def _bytes(messages: Sequence[Message]) -> int:
+    return sum(t.numel() * t.element_size() for message in messages for t in message.tensors)
 
 
 def init_world(timeout: float) -> None:

@@ -71,7 +71,7 @@ def measure_rows(
     No backward. Raises Unsupported for branches, selectors and dropout, RanksDisagree, RankLost.
     """
     agree(ring, _facts(q, k, layout, attention, edges, first), _problem(attention))
-    with torch.no_grad(), ring.unbroken():
+    with torch.no_grad(), ring.unbroken("measuring rows"):
         mine = layout.indices(ring.rank, k.device)
         if attention.encoding is not None:
             q, k = attention.encoding.queries(q, i), attention.encoding.keys(k, mine)

@@ -76,7 +76,7 @@ def narrowed(q: Tensor, k: Tensor, sight: Sight, attention: Attention) -> Attent
     selector, left = attention.select, replace(attention, encoding=None, select=None)
     if not (selector.decode if sight.decoding else selector.prefill):
         return left
-    with torch.no_grad(), sight.ring.unbroken():
+    with torch.no_grad(), sight.ring.unbroken("selecting"):
         return replace(left, pattern=left.pattern & selector.select(q[0], k[0], sight))
 
 

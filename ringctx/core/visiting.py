@@ -31,7 +31,7 @@ def attend_explicit(q: Tensor, parts: Sequence[Keys], *, i: Tensor, ring: Ring, 
     Raises LayoutError, Unsupported, RanksDisagree, RankLost.
     """
     check("attention at explicit indices", q, parts, ring, attention)
-    with torch.no_grad(), ring.unbroken():
+    with torch.no_grad(), ring.unbroken("explicit keys"):
         q, parts = encoded(attention, q, i, parts)
         totals = empty(q, parts)
         mine = tuple(x for part in parts for x in (part.k, part.v, part.indices))
@@ -50,7 +50,7 @@ def sums_explicit(q: Tensor, lse: Tensor, parts: Sequence[Keys], *, i: Tensor, r
     Source: Zhang et al. 2023 (H2O, arXiv 2306.14048), the accumulated attention score; here after lse is final, hence exact.
     """
     check("sums at explicit indices", q, parts, ring, attention)
-    with torch.no_grad(), ring.unbroken():
+    with torch.no_grad(), ring.unbroken("sums of explicit keys"):
         q, parts = encoded(attention, q, i, parts)
         total: list[Tensor] = []
         for rows, theirs, indices in visitors(ring, "queries", (q, lse, i), (1, 1, 0)):
