@@ -35,6 +35,8 @@ def doctor(as_json: bool) -> int:
 @click.option("--carry", type=click.Choice(["none", "selective"]), default="none", help="Time a carry against the same ring without.")
 @click.option("--kernel", "kernels", multiple=True, default=("auto",), show_default=True, help="Of the ring; may be repeated.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="The median of so many is reported.")
+@click.option("--floors", is_flag=True, help="Time kernels alone and messages alone in every round too, and how much of them is hidden.")
+@click.option("--trace", type=click.Path(path_type=Path), help="A folder for a timeline of each rank, for `ringctx show --trace`.")
 @AS_JSON
 @click.pass_obj
 def bench(
@@ -46,6 +48,8 @@ def bench(
     carry: str,
     kernels: tuple[str, ...],
     rounds: int,
+    floors: bool,
+    trace: Path | None,
     as_json: bool,
 ) -> int:
     """Time the ring against torch's own attention on the same tensors, as docs/results does."""
@@ -61,9 +65,30 @@ def bench(
         given = Selective() if carry == "selective" else None
         asked = itertools.product(lengths or (2048, 4096, 8192), transports or ("rotate", "heads")[: 1 if given else 2], kernels)
         cases = [bench.Case(S, getattr(torch, dtype), transport, kernel=kernel, carry=given) for S, transport, kernel in asked]
-        rows = [row for case in cases if (row := bench.measure(ring, case, rounds)) is not None]
+        rows = [row for case in cases if (row := bench.measure(ring, case, rounds, floors=floors, trace=trace)) is not None]
         if ring.rank == 0:
             click.echo(json.dumps({"rows": bench.as_json(rows)}) if as_json else bench.table(rows))
+    return 0
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The page to write, FILE.html.")
+@click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Of the sequence that is planned.")
+@click.option("--ranks", type=click.IntRange(min=1), default=4, show_default=True, help="That share it; none is started.")
+@click.option("--trace", type=click.Path(path_type=Path), help="A folder of timelines, as `ringctx bench --trace` writes.")
+@OVERRIDES
+def show(config: Path | None, out: Path, tokens: int, ranks: int, trace: Path | None, overrides: tuple[str, ...]) -> int:
+    """Draw one page of who computes and sends what: masks and plans of CONFIG, timelines of --trace."""
+    from ringctx.tools import show
+    from ringctx.tools.show.timelines import merged
+
+    if config is None and trace is None:
+        raise ConfigError("Nothing to show; give a CONFIG for its plans, --trace for timelines, or both.")
+    show.check(out)
+    drawn = show.shown(configuration.load(config, overrides), tokens, ranks) if config is not None else []
+    for path in show.write(out, drawn, merged(trace) if trace is not None else None):
+        click.echo(f"Wrote {path}.", err=True)
     return 0
 
 

@@ -179,7 +179,7 @@ class Ring:
 
     def view(self, members: Sequence[int]) -> Ring:
         """Some of this ring's ranks as a ring of their own, over the same communicators and counters."""
-        return Ring(
+        return type(self)(
             self.group,
             grads=self.grads,
             members=tuple(self.members[m] for m in members),

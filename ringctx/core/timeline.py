@@ -6,11 +6,13 @@ it ended. What a call did neither posting nor waiting is computing.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +149,14 @@ def chrome(timeline: Timeline, rank: int) -> dict[str, Any]:
         events.append(event(2, f"waiting for {one.what}", one.waiting, **moved))
         events.append(event(3 + kinds.index(one.kind), one.what, one.flight, **moved))
     return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def save(timeline: Timeline, folder: Path, rank: int) -> Path:
+    """Write a rank's trace into the folder; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank-{rank}.trace.json"
+    path.write_text(json.dumps(chrome(timeline, rank)) + "\n")
+    return path
 
 
 def _event(origin: float, rank: int, row: int, name: str, span: Span, **args: Any) -> dict[str, Any]:

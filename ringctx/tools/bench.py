@@ -3,16 +3,19 @@
 The anchor is one process with as many threads as there are ranks, torch's scaled_dot_product_attention on the whole
 sequence; the ring is that many ranks of one thread each, on the same tensors. Both are timed in turn, in every round, so
 that a machine that slows down slows both; medians are reported. Rank 0 runs the anchor while the others sleep in a receive.
-Of an attention with a carry the anchor is the same ring without it.
+Of an attention with a carry the anchor is the same ring without it. Floors, where they are asked for, are timed in every round too.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +26,8 @@ from ringctx.core.carry import Carry
 from ringctx.core.entry import ring_attention
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Message, Ring
+from ringctx.core.timeline import save
+from ringctx.tools.floors import Silent, exposed, send_only
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,19 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Floors:
+    """Milliseconds (medians, the slowest rank's) of forward + backward: with messages that are there at once; of the messages alone, None
+    where more than keys travels; that messages cost in the call. efficiency: kernels over the call. hidden: 1 - exposed over messages.
+    """
+
+    kernels_ms: float
+    messages_ms: float | None
+    exposed_ms: float
+    efficiency: float
+    hidden: float | None
+
+
+@dataclass(frozen=True)
 class Row:
     """Milliseconds (medians) and the anchor's time over the ring's, forward and forward + backward."""
 
@@ -63,40 +81,77 @@ class Row:
     efficiency_forward: float
     efficiency: float
     error: dict[str, float] | None = None
+    floors: Floors | None = None
 
 
 Times = tuple[float, float]
 
 
-def measure(ring: Ring, case: Case, rounds: int) -> Row | None:
-    """Time ring and anchor in turn; the row on rank 0, None elsewhere. All ranks must call this together."""
+def measure(ring: Ring, case: Case, rounds: int, *, floors: bool = False, trace: Path | None = None) -> Row | None:
+    """Time ring and anchor in turn; the row on rank 0, None elsewhere. All ranks must call this together.
+
+    trace: a folder for the timeline of the last round, a file a rank.
+    """
     layout = Layout.zigzag(case.S, ring.size)
     q, k, v, dout = _tensors(case)
     mine = [layout.shard(x, ring.rank) for x in (q, k, v, dout)]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention = case.attention) -> Tensor:
-        out = ring_attention(q, k, v, ring=ring, layout=layout, attention=attention, transport=case.transport, kernel=case.kernel)
+    def attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention = case.attention, over: Ring = ring) -> Tensor:
+        out = ring_attention(q, k, v, ring=over, layout=layout, attention=attention, transport=case.transport, kernel=case.kernel)
         assert isinstance(out, Tensor)
         return out
 
-    plain = partial(attend, attention=Attention())
+    plain, silent = partial(attend, attention=Attention()), partial(attend, over=Silent.like(ring))
     ours: list[Times] = []
     anchors: list[Times] = []
-    for warmed in (attend, plain):  # plans, allocator
+    below: list[tuple[float, ...]] = []
+    for warmed in (attend, plain, silent)[: 2 + floors]:  # plans, allocator
         _timed(warmed, mine)
     for _ in range(rounds):
         _meet(ring)
-        ours.append(_timed(attend, mine))
+        with ring.recorded() as timeline:
+            ours.append(_timed(attend, mine))
         _meet(ring)
+        if floors:
+            kernels = sum(_timed(silent, mine))
+            _meet(ring)
+            below.append((kernels, _messages(ring, case, layout, mine), exposed(timeline), sum(ours[-1])))
+            _meet(ring)
         if case.carry:
             anchors.append(_timed(plain, mine))
         elif ring.rank == 0:
             torch.set_num_threads(ring.size)
             anchors.append(_timed(_sdpa, [q, k, v, dout]))
             torch.set_num_threads(1)
+    if trace is not None:
+        save(timeline, trace, ring.rank)
     slowest = _slowest(ring, ours)
     anchors = _slowest(ring, anchors) if case.carry else anchors
-    return _row(case, ring.size, slowest, anchors) if ring.rank == 0 else None
+    found = _floors(_slowest(ring, below)) if floors else None
+    return _row(case, ring.size, slowest, anchors, found) if ring.rank == 0 else None
+
+
+def _messages(ring: Ring, case: Case, layout: Layout, tensors: list[Tensor]) -> float:
+    """Seconds of the messages alone; not a number where more than keys travels."""
+    if case.transport not in ("rotate", "fetch", "gather"):
+        return math.nan
+    began = time.perf_counter()
+    for backward in (False, True):
+        send_only(ring, layout, case.attention.pattern, case.transport, *tensors[1:3], backward=backward)
+    return time.perf_counter() - began
+
+
+def _floors(rounds: list[tuple[float, ...]]) -> Floors:
+    kernels, messages, shown, whole = (list(column) for column in zip(*rounds, strict=True))
+    ms = lambda seconds: round(1000 * statistics.median(seconds), 1)
+    known = not math.isnan(messages[0])
+    return Floors(
+        kernels_ms=ms(kernels),
+        messages_ms=ms(messages) if known else None,
+        exposed_ms=ms(shown),
+        efficiency=round(statistics.median(k / w for k, w in zip(kernels, whole, strict=True)), 3),
+        hidden=round(1 - statistics.median(s / m for s, m in zip(shown, messages, strict=True)), 3) if known else None,
+    )
 
 
 def accuracy(ring: Ring, case: Case) -> dict[str, dict[str, float]] | None:
@@ -168,15 +223,15 @@ def _meet(ring: Ring) -> None:
         dist.barrier(ring.group)
 
 
-def _slowest(ring: Ring, times: list[Times]) -> list[Times]:
+def _slowest(ring: Ring, times: Sequence[tuple[float, ...]]) -> list[Any]:
     """Each round as long as its slowest rank took."""
-    both = torch.tensor(times, dtype=torch.float64)
+    found = torch.tensor(times, dtype=torch.float64)
     if ring.group is not None:
-        dist.all_reduce(both, dist.ReduceOp.MAX, ring.group)
-    return [(float(f), float(b)) for f, b in both]
+        dist.all_reduce(found, dist.ReduceOp.MAX, ring.group)
+    return [tuple(row) for row in found.tolist()]
 
 
-def _row(case: Case, ranks: int, ours: list[Times], anchors: list[Times]) -> Row:
+def _row(case: Case, ranks: int, ours: list[Times], anchors: list[Times], floors: Floors | None) -> Row:
     forward, backward = (statistics.median(t[n] for t in ours) for n in (0, 1))
     anchor_forward, anchor_backward = (statistics.median(t[n] for t in anchors) for n in (0, 1))
     ratio = statistics.median((a[0] + a[1]) / (o[0] + o[1]) for a, o in zip(anchors, ours, strict=True))
@@ -194,22 +249,26 @@ def _row(case: Case, ranks: int, ours: list[Times], anchors: list[Times]) -> Row
         anchor_backward_ms=ms(anchor_backward),
         efficiency_forward=round(ratio_forward, 3),
         efficiency=round(ratio, 3),
+        floors=floors,
     )
 
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    head = (
-        "| case | S | ranks | dtype | forward ms, anchor | backward ms, anchor | efficiency forward | forward + backward |\n"
-        + "|---" * 8
-        + "|"
-    )
-    cells = (
-        f"| {r.name} | {r.S} | {r.ranks} | {r.dtype} | {r.forward_ms}, {r.anchor_forward_ms} | {r.backward_ms}, {r.anchor_backward_ms} "
-        f"| {r.efficiency_forward:.2f} | **{r.efficiency:.2f}** |"
-        for r in rows
-    )
-    return "\n".join([head, *cells])
+    heads = ["case", "S", "ranks", "dtype", "forward ms, anchor", "backward ms, anchor", "efficiency forward", "forward + backward"]
+    if any(row.floors for row in rows):
+        heads += ["kernels alone ms", "of it", "messages alone ms", "exposed ms", "hidden"]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *map(_cells, rows)))
+
+
+def _cells(r: Row) -> list[str]:
+    times = f"{r.forward_ms}, {r.anchor_forward_ms}", f"{r.backward_ms}, {r.anchor_backward_ms}"
+    cells = [r.name, str(r.S), str(r.ranks), r.dtype, *times, f"{r.efficiency_forward:.2f}", f"**{r.efficiency:.2f}**"]
+    if r.floors is not None:
+        f = r.floors
+        messages = ["", str(f.exposed_ms), ""] if f.hidden is None else [str(f.messages_ms), str(f.exposed_ms), f"{f.hidden:.0%}"]
+        cells += [str(f.kernels_ms), f"{f.efficiency:.2f}", *messages]
+    return cells
 
 
 def as_json(rows: list[Row]) -> list[dict[str, object]]:
