@@ -148,7 +148,15 @@ def _stop(*_: object) -> None:
     raise _Stopped(f"Rank {os.environ.get('RANK', '0')} was stopped (SIGTERM): another rank had failed, or the job was cancelled.")
 
 
-for measurement in (measuring.doctor, measuring.bench, measuring.show, measuring.evaluate, measuring.inspect, measuring.extrapolate):
+for measurement in (
+    measuring.doctor,
+    measuring.bench,
+    measuring.plan,
+    measuring.show,
+    measuring.evaluate,
+    measuring.inspect,
+    measuring.extrapolate,
+):
     ringctx.add_command(measurement)
 
 

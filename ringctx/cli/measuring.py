@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,38 @@ def show(config: Path | None, out: Path, tokens: int, ranks: int, trace: Path | 
     drawn = show.shown(configuration.load(config, overrides), tokens, ranks) if config is not None else []
     for path in show.write(out, drawn, merged(trace) if trace is not None else None):
         click.echo(f"Wrote {path}.", err=True)
+    return 0
+
+
+@click.command()
+@CONFIG
+@click.option("--seq-len", "tokens", type=click.IntRange(min=1), default=131_072, show_default=True, help="Tokens to read.")
+@click.option("--ranks", type=click.IntRange(min=1), default=8, show_default=True, help="That share them; none is started.")
+@click.option("--device", default="h100", show_default=True, help="What each rank is.")
+@click.option("--link", help="Between ranks: a name such as ndr, or GB/s one way; by default what joins such devices in a node.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="That the ranks sit on, in equal runs.")
+@AS_JSON
+@OVERRIDES
+def plan(
+    config: Path, tokens: int, ranks: int, device: str, link: str | None, nodes: int, as_json: bool, overrides: tuple[str, ...]
+) -> int:
+    """Predict what reading a sequence costs: bytes, memory, balance and time, by layout and transport."""
+    from ringctx.tools import planner, shapes
+
+    if ranks % nodes:
+        raise ConfigError(f"{ranks} ranks do not sit on {nodes} nodes in equal runs; give a number of nodes that divides them.")
+    if link is None and nodes > 1:
+        raise ConfigError(f"{nodes} nodes were given; say by --link what joins them: {', '.join(planner.LINKS)}, or GB/s one way.")
+    asked = configuration.load(config, overrides)
+    model, kind = shapes.shapes_of(asked), planner.device_named(device)
+    node_link = planner.link_of(planner.NODE_LINK[device])
+    run = planner.Asked(
+        tokens=tokens, ranks=ranks, device=kind, link=planner.link_of(link) if link else node_link, node_link=node_link, nodes=nodes,
+        tensor=asked.model.tensor_parallel,
+    )  # fmt: skip
+    layers = Counter(shapes.by_layer(asked, model).values())
+    found = planner.predict(model, layers, run)
+    click.echo(json.dumps(found.json()) if as_json else planner.text(found, run))
     return 0
 
 

@@ -192,64 +192,82 @@ def path(rank: int, size: int, nodes: int) -> tuple[tuple[int, int, int], ...]:
     round, then everything moves one node on, so only one hop in (ranks per node) crosses the slow links.
     """
     inner = size // nodes
-    node, at = divmod(rank, inner)
-    hops, owner_node, owner_at = [], node, at
+    owner_node, owner_at = divmod(rank, inner)
+    hops = []
     for hop in range(1, size):
-        over = int(hop % inner == 0)  # this hop crosses to the next node
+        over = _crosses(hop, inner)
         owner_node, owner_at = (owner_node - over) % nodes, (owner_at - 1 + over) % inner
-        comes = (node - over) % nodes * inner + (at - 1 + over) % inner
-        goes = (node + over) % nodes * inner + (at + 1 - over) % inner
-        hops.append((owner_node * inner + owner_at, comes, goes))
+        hops.append((owner_node * inner + owner_at, _beside(rank, hop, -1, size, nodes), _beside(rank, hop, 1, size, nodes)))
     return tuple(hops)
+
+
+def _crosses(hop: int, inner: int) -> int:
+    """1 for a hop to the next node, else 0."""
+    return int(hop % inner == 0)
+
+
+def _beside(rank: int, hop: int, way: int, size: int, nodes: int) -> int:
+    """The rank to which (way 1) or from which (way -1) keys move at a hop."""
+    inner = size // nodes
+    node, at = divmod(rank, inner)
+    over = _crosses(hop, inner)
+    return (node + way * over) % nodes * inner + (at + way * (1 - over)) % inner
 
 
 @lru_cache(maxsize=1024)
 def _itinerary(owner: int, size: int, nodes: int) -> tuple[int, ...]:
     """The ranks that the owner's keys visit, hop by hop."""
     ranks, at = [], owner
-    for hop in range(size - 1):
-        at = path(at, size, nodes)[hop][2]
+    for hop in range(1, size):
+        at = _beside(at, hop, 1, size, nodes)
         ranks.append(at)
     return tuple(ranks)
 
 
 @dataclass(frozen=True)
 class Tour:
-    """One owner's keys in a rotation: the ranks that need some, in order; which keys go; the last hop they make; hop by rank."""
+    """One owner's keys in a rotation: the rank that needs some at each hop that has one; which keys go; the last hop they make."""
 
-    stops: tuple[int, ...]
+    stop_at: dict[int, int]
     carried: Spans
     last: int
-    hop_of: dict[int, int]
 
-    def onward(self, rank: int, owner: int) -> int:
-        """Where the gradients of a stop go: to the stop of the next hop, or home if there is none, so that none wait for long."""
-        following = [p for p in self.stops if self.hop_of[p] == self.hop_of[rank] + 1]
-        return following[0] if following else owner
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ranks that need some, in order."""
+        return tuple(self.stop_at.values())
+
+    def onward(self, hop: int, owner: int) -> int:
+        """Where the gradients of a hop's stop go: to the stop of the next hop, or home if there is none, so that none wait for long."""
+        return self.stop_at.get(hop + 1, owner)
 
 
+@lru_cache(maxsize=2048)
 def tour(world: World, owner: int) -> Tour:
     """Where the owner's keys go, and no farther."""
-    hop_of = {p: n for n, p in enumerate(_itinerary(owner, world.size, world.nodes), 1)}
-    stops = tuple(p for p in hop_of if world.needs(p, owner))
-    return Tour(stops, union([world.needs(p, owner) for p in stops]), hop_of[stops[-1]] if stops else 0, hop_of)
+    stop_at = {hop: p for hop, p in enumerate(_itinerary(owner, world.size, world.nodes), 1) if world.needs(p, owner)}
+    return Tour(stop_at, union([world.needs(p, owner) for p in stop_at.values()]), max(stop_at, default=0))
 
 
 def _rotate(world: World, rank: int) -> list[Hop]:
     """Pass-KV ring (Liu et al. 2023): keys go round until nobody later needs them; gradients follow, rank by rank, then home."""
     tours = [tour(world, o) for o in range(world.size)]
+    ways = path(rank, world.size, world.nodes)
 
     hops, holding = [], rank
-    for number, (owner, comes, goes) in enumerate(path(rank, world.size, world.nodes), 1):
-        receive = (Parcel(comes, owner, tours[owner].carried),) if number <= tours[owner].last else ()
+    for number, (owner, comes, goes) in enumerate(ways, 1):
+        of = tours[owner]
+        receive = (Parcel(comes, owner, of.carried),) if number <= of.last else ()
         send = (Parcel(goes, holding, tours[holding].carried),) if number <= tours[holding].last else ()
         visits: tuple[Visit, ...] = ()
-        stops = tours[owner].stops
-        if rank in stops:
-            came = next((p for p in stops if tours[owner].onward(p, owner) == rank), None)
-            visits = (world.visit(rank, owner, tours[owner].carried, came, tours[owner].onward(rank, owner)),)
-        coming = [(o, p) for o, t in enumerate(tours) for p in t.stops if t.hop_of[p] == number and t.onward(p, o) == rank]
-        grads = tuple(Parcel(p, o, tours[o].carried) for o, p in coming)
+        if of.stop_at.get(number) == rank:
+            visits = (world.visit(rank, owner, of.carried, of.stop_at.get(number - 1), of.onward(number, owner)),)
+        coming = {}  # from whom the gradients of whose keys: of those that come here next, and of its own from their last stop
+        if number < len(ways) and (tours[ways[number][0]].stop_at.get(number + 1) == rank):
+            coming[ways[number][0]] = tours[ways[number][0]].stop_at.get(number)
+        if tours[rank].onward(number, rank) == rank:
+            coming[rank] = tours[rank].stop_at.get(number)
+        grads = tuple(Parcel(p, o, tours[o].carried) for o, p in sorted(coming.items()) if p is not None)
         hops.append(Hop(receive, send, visits, grads))
         holding = owner
     return hops

@@ -160,16 +160,26 @@ def area(rows: tuple[Tile, ...]) -> int:
 @lru_cache(maxsize=65536)
 def needs(patterns: tuple[Pattern, ...], q: Ranges, k: Ranges) -> Spans:
     """Local positions of the keys k that at least one query of q sees under at least one of the patterns."""
-    needed = torch.zeros(count(k), dtype=torch.bool)
-    for pattern in patterns:
-        rows = sorted(_tiles(pattern, q, k), key=lambda t: t[0] == PARTIAL)
-        for verdict, a, b, c, d in rows:
-            if verdict != PARTIAL:
-                needed[c:d] = True
-            elif not needed[c:d].all():
-                allowed = pattern.allows(indices_of(take(q, [(a, b)])), indices_of(take(k, [(c, d)])))
-                needed[c:d] |= allowed.reshape(-1, d - c).any(0)
-    return spans_of(needed)
+    found = [(pattern, tile) for pattern in patterns for tile in _tiles(pattern, q, k)]
+    whole = union([tuple((c, d) for _, (verdict, _, _, c, d) in found if verdict != PARTIAL)])
+    rest = [(pattern, tile) for pattern, tile in found if tile[0] == PARTIAL and not _holds(whole, tile[3], tile[4])]
+    if not rest:
+        return whole
+    low, high = min(tile[3] for _, tile in rest), max(tile[4] for _, tile in rest)
+    needed = torch.zeros(high - low, dtype=torch.bool)
+    for a, b in whole:
+        needed[max(a - low, 0) : max(b - low, 0)] = True
+    for pattern, (_, a, b, c, d) in rest:
+        here = needed[c - low : d - low]
+        if not here.all():
+            here |= pattern.allows(indices_of(take(q, [(a, b)])), indices_of(take(k, [(c, d)]))).reshape(-1, d - c).any(0)
+    return union([whole, tuple((a + low, b + low) for a, b in spans_of(needed))])
+
+
+def _holds(spans: Spans, a: int, b: int) -> bool:
+    """Whether one of the ascending spans holds all of a..b-1."""
+    at = bisect_right(spans, (a, b)) - 1
+    return any(c <= a and b <= d for c, d in spans[max(at, 0) : at + 2])
 
 
 def forget_tiles() -> None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 
-from ringctx.asked.layers import layers_of
 from ringctx.config import Config
 from ringctx.core.attention import Attention
 from ringctx.core.choose import Choice, Shape, choose
@@ -19,9 +17,8 @@ from ringctx.core.layout import Layout
 from ringctx.core.pattern import Pattern, Verdict
 from ringctx.core.plan import Plan, make_plan
 from ringctx.device import device_of, dtype_of
-from ringctx.errors import ConfigError
-from ringctx.huggingface.weights import checkpoint
 from ringctx.kernels.base import accumulation_dtype
+from ringctx.tools.shapes import Shapes, by_layer, shapes_of
 
 CELLS = 128
 """Most cells of a drawn mask, each way."""
@@ -60,42 +57,21 @@ def shown(config: Config, tokens: int, ranks: int) -> list[Shown]:
 
     Raises ConfigError for what cannot be planned before anything is read, as selectors and carries.
     """
-    if config.selects or config.carries:
-        raise ConfigError(
-            "What attention.select keeps and attention.carry forgets is known once a text is read; `ringctx show` draws plans."
-        )
-    model = model_of(config)
-    asked = layers_of(config.attention, model)
-    layers = asked if isinstance(asked, dict) else dict.fromkeys(range(model.num_hidden_layers), asked)
-    layout = getattr(Layout, config.layout.kind)(tokens, ranks)
+    shapes = shapes_of(config)
+    layers, layout = by_layer(config, shapes), getattr(Layout, config.layout.kind)(tokens, ranks)
     different = dict.fromkeys(layers.values())
-    return [_shown(config, model, one, [n for n, other in layers.items() if other == one], layout) for one in different]
+    return [_shown(config, shapes, one, [n for n, other in layers.items() if other == one], layout) for one in different]
 
 
-def model_of(config: Config) -> Any:
-    """The shapes of the model that a configuration names, or trains from scratch, as transformers calls them."""
-    from transformers import AutoConfig, PretrainedConfig
-
-    scratch = config.training.scratch
-    if scratch.layers:
-        return PretrainedConfig(
-            num_hidden_layers=scratch.layers, num_attention_heads=scratch.heads, num_key_value_heads=scratch.key_heads,
-            hidden_size=scratch.hidden, max_position_embeddings=config.training.context,
-        )  # fmt: skip
-    return AutoConfig.from_pretrained(checkpoint(config.model.path), local_files_only=True)
-
-
-def _shown(config: Config, model: Any, asked: Attention | None, layers: list[int], layout: Layout) -> Shown:
-    attention = asked or Attention()
-    heads, key_heads = model.num_attention_heads, model.num_key_value_heads
-    width = getattr(model, "head_dim", None) or model.hidden_size // heads
-    patterns = tuple(pattern for _, seen in attention.parts(heads) for pattern, _ in seen)
+def _shown(config: Config, shapes: Shapes, attention: Attention, layers: list[int], layout: Layout) -> Shown:
+    patterns = tuple(pattern for _, seen in attention.parts(shapes.heads) for pattern, _ in seen)
     dtype = _dtype(config)
-    shape = Shape(1, heads, key_heads, width, width, dtype.itemsize, accumulation_dtype(dtype).itemsize, backward=False)
+    sizes = dtype.itemsize, accumulation_dtype(dtype).itemsize
+    shape = Shape(1, shapes.heads, shapes.key_heads, shapes.width, shapes.width, *sizes, backward=False)
     choice = choose(patterns, layout, layout, shape)
     moving = choice.transport if choice.transport in ("rotate", "fetch", "gather") else "rotate"
     plans = tuple(make_plan(patterns, layout, layout, rank, moving) for rank in range(layout.size))
-    return Shown(_runs(layers), attention, patterns, layout, choice, plans, 2 * key_heads * width * dtype.itemsize)
+    return Shown(_runs(layers), attention, patterns, layout, choice, plans, shapes.values_a_token * dtype.itemsize)
 
 
 def _dtype(config: Config) -> torch.dtype:
