@@ -250,13 +250,13 @@ class Ring:
 
     @contextmanager
     def recorded(self) -> Iterator[Timeline]:
-        """While open, what this rank calls, posts and waits for is written down in the timeline; on CUDA at an event a moment."""
+        """While open, what this rank calls, posts and waits for is written down; views of this ring write into the same timeline."""
         is_cuda = self.group is not None and "nccl" in dist.get_backend(self.group)
-        self.traffic.timeline = timeline = Timeline(is_cuda=is_cuda)
+        before, self.traffic.timeline = self.traffic.timeline, Timeline(is_cuda=is_cuda)
         try:
-            yield timeline
+            yield self.traffic.timeline
         finally:
-            self.traffic.timeline = None
+            self.traffic.timeline = before
 
     @contextmanager
     def unbroken(self, what: str) -> Iterator[None]:
