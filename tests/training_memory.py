@@ -1,8 +1,8 @@
 """Memory of a training step over a ring against one process: `python -m tests.training_memory [CONFIG] [--set KEY=VALUE …]`.
 
 One step, with AdamW's moments there from the start: by one process of two threads, by two ranks, by two ranks with ZeRO-1; and, where
---case asks for it, by two ranks in bf16 with ZeRO-2. activations: the process's peak less what it was after imports, weights, gradients and
-moments, all in float32 and on each rank; of engines it says little.
+--case asks for it, by engines in bf16, on one process too. activations: the process's peak less what it was after imports, weights,
+gradients and moments, all in float32 and on each rank; of engines it says little.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ from tests.launch.test_generate import ROOT
 
 CONFIG = ROOT / "configs" / "smollm2_train.yaml"
 ENGINES = ROOT / "configs" / "deepspeed"
-CASES = {"alone": (1, 2), "ring": (2, 1), "zero1": (2, 1), "zero2_bf16": (2, 1)}
-"""Ranks and the threads of each; an engine's cases are named as its file."""
+CASES: dict[str, tuple[int, int, str | None]] = {
+    "alone": (1, 2, None),
+    "ring": (2, 1, None),
+    "zero1": (2, 1, "zero1"),
+    "zero1_bf16_alone": (1, 2, "zero1_bf16"),
+    "zero1_bf16": (2, 1, "zero1_bf16"),
+    "zero2_bf16": (2, 1, "zero2_bf16"),
+}
+"""Ranks, the threads of each, and the file of an engine."""
 USUAL = ("alone", "ring", "zero1")
 MB = 1e6
 
@@ -49,17 +56,17 @@ def highest() -> int:
 def step(case: str, asked: Any, ring: Ring) -> dict[str, float]:
     """One step of the configuration: its loss, and this process's megabytes."""
     make: Any = Trainer.of
-    by_engine = case.startswith("zero")
-    if by_engine:
+    engine = CASES[case][2]
+    if engine is not None:
         from ringctx.embed.deepspeed import DeepSpeedTrainer
 
-        make = partial(DeepSpeedTrainer.made, ENGINES / f"{case}.json")
+        make = partial(DeepSpeedTrainer.made, ENGINES / f"{engine}.json")
     imported = resident()
     job = job_of(asked, ring, None)
     params = {name: p.detach() for name, p in job.model.named_parameters()}
     zeros = {name: {key: torch.zeros(()) if key == "step" else torch.zeros_like(p) for key in MOMENTS} for name, p in params.items()}
     weights = sum(p.nbytes for p in params.values())
-    trainer = make(job, asked.training, None if by_engine else State(params, zeros))  # an engine has moments from the start
+    trainer = make(job, asked.training, None if engine else State(params, zeros))  # an engine has moments from the start
     del zeros, params
     from transformers import AutoTokenizer
 
