@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.autograd.function import once_differentiable
 
 from ringctx.core.header import share
 from ringctx.core.layout import Layout
@@ -24,9 +24,46 @@ Gather = Callable[[Tensor], list[Tensor]]
 
 
 def token_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of -log p over these labels, already shifted; logits (b s vocabulary), labels (b s). 0 where none counts."""
-    logits = logits.to(accumulation_dtype(logits.dtype))
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    """The sum of -log p over these labels, already shifted; logits (b s vocabulary), labels (b s). 0 where none counts.
+
+    Of the size of the logits it makes their gradient alone, in their dtype; sums are in the accumulation dtype.
+    """
+    found: Tensor = _TokenSum.apply(logits.flatten(0, 1), labels.flatten())
+    return found
+
+
+AT_ONCE = 2**20
+"""Logits whose probabilities exist at a time beside them."""
+
+
+def _pieces(x: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+    """So many rows of x as have about AT_ONCE logits."""
+    return x.split(max(1, AT_ONCE // vocabulary))
+
+
+class _TokenSum(torch.autograd.Function):
+    """d/dlogits = p - 1 at the label, in rows that have one."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        wide = accumulation_dtype(logits.dtype)
+        parts = [x.to(wide).logsumexp(-1) for x in _pieces(logits, logits.shape[1])]
+        lse = torch.cat(parts) if parts else logits.new_zeros(0, dtype=wide)
+        counts = labels != IGNORED
+        picked = logits.gather(-1, labels.clamp(min=0)[:, None])[:, 0].to(wide) if len(labels) else lse
+        ctx.save_for_backward(logits, labels, lse)
+        return (lse - picked).where(counts, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        logits, labels, lse = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        for rows, x, label, one in zip(*(_pieces(y, logits.shape[1]) for y in (grad, logits, labels, lse)), strict=True):
+            p = (x.to(one.dtype) - one[:, None]).exp_()
+            p[torch.arange(len(label), device=label.device), label.clamp(min=0)] -= 1
+            rows.copy_(p.mul_((slope * (label != IGNORED))[:, None]))
+        return grad, None
 
 
 @torch.compiler.disable(reason="ranks send each other what they counted")

@@ -35,6 +35,26 @@ def test_the_loss_is_the_mean_over_all_labels_that_count():
     assert float(mean(torch.full((2, 5), IGNORED))) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(0, 7), (1, 7), (37, 97), (5, 2**20 // 2 + 3)])
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy(tokens: int, vocabulary: int, dtype: torch.dtype):
+    make = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, tokens, vocabulary, generator=make).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (2, tokens), generator=make)
+    labels[0, : tokens // 2] = IGNORED
+    exact = logits.detach().double().requires_grad_()
+    want = cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    (3 * token_sum(logits, labels)).backward()
+    (3 * want).backward()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
+    assert_close(token_sum(logits.detach(), labels).double(), want.detach(), rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+    assert_close(logits.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+    if tokens:
+        slope = torch.autograd.grad(token_sum(logits, labels), logits, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.grad(slope.sum(), logits)
+
+
 def test_the_memory_loss_is_that_of_the_largest_row_and_ties_go_to_the_lower_index():
     memories = {0: torch.tensor([[1.0, 3.0, 3.0, 0.0]], requires_grad=True), 2: torch.tensor([[0.0, 1.0, 2.0, 5.0]], requires_grad=True)}
     found = memory_loss(memories, Layout.contiguous(4, 1), Ring.alone(), lambda x: [x])
