@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ringctx.core.header import share
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
+from ringctx.errors import Unsupported
 from ringctx.kernels.base import accumulation_dtype
 from ringctx.training.labels import IGNORED
 
@@ -55,8 +55,9 @@ class _TokenSum(torch.autograd.Function):
         return (lse - picked).where(counts, 0.0).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            raise Unsupported("The gradient of the loss has no gradient of its own; leave out create_graph=True.")
         logits, labels, lse = ctx.saved_tensors
         grad = torch.empty_like(logits)
         for rows, x, label, one in zip(*(_pieces(y, logits.shape[1]) for y in (grad, logits, labels, lse)), strict=True):
