@@ -32,7 +32,7 @@ def token_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return found
 
 
-AT_ONCE = 2**20
+AT_ONCE = 2**22
 """Logits whose probabilities exist at a time beside them."""
 
 
