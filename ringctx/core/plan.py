@@ -262,11 +262,10 @@ def _rotate(world: World, rank: int) -> list[Hop]:
         visits: tuple[Visit, ...] = ()
         if of.stop_at.get(number) == rank:
             visits = (world.visit(rank, owner, of.carried, of.stop_at.get(number - 1), of.onward(number, owner)),)
-        coming = {}  # from whom the gradients of whose keys: of those that come here next, and of its own from their last stop
-        if number < len(ways) and (tours[ways[number][0]].stop_at.get(number + 1) == rank):
-            coming[ways[number][0]] = tours[ways[number][0]].stop_at.get(number)
-        if tours[rank].onward(number, rank) == rank:
-            coming[rank] = tours[rank].stop_at.get(number)
+        coming = {rank: tours[rank].stop_at.get(number)} if tours[rank].onward(number, rank) == rank else {}  # from their last stop
+        after = ways[number][0] if number < len(ways) else rank  # whose keys come next, and with them their gradients so far
+        if tours[after].stop_at.get(number + 1) == rank:
+            coming[after] = tours[after].stop_at.get(number)
         grads = tuple(Parcel(p, o, tours[o].carried) for o, p in sorted(coming.items()) if p is not None)
         hops.append(Hop(receive, send, visits, grads))
         holding = owner

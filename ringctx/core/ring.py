@@ -70,20 +70,17 @@ class Pending:
     def wait(self) -> None:
         """Raises RankLost, naming the peer and the hop, when a peer is gone or misses the ring's deadline."""
         began = time.monotonic()
-        self._note()
+        if self._trip is not None:
+            self._trip.mark()
         for work, peer, direction in self._works:
             left = max(self._ring.timeout - (time.monotonic() - began), 0.001)
             try:
                 work.wait(timedelta(seconds=left))
             except RuntimeError as error:
                 self._ring.lost(peer, direction, self._what, time.monotonic() - began, error)
-        self._note()
+        if self._trip is not None:
+            self._trip.mark()
         self._works, self._messages, self._trip = (), (), None
-
-    def _note(self) -> None:
-        timeline = self._ring.traffic.timeline
-        if self._trip is not None and timeline is not None:
-            self._trip.moments.append(timeline.moment())
 
 
 class Ring:
@@ -227,8 +224,8 @@ class Ring:
             self.lost(meta[0][0], meta[0][1], what, 0.0, error)
         if len(works) != len(ops):  # NCCL coalesces a batch into one work
             meta = meta[: len(works)]
-        if timeline and trip:
-            trip.moments.append(timeline.moment())
+        if trip is not None:
+            trip.mark()
         return Pending(self, what, [(work, *m) for work, m in zip(works, meta, strict=True)], (*receive, *send), trip)
 
     def _count(self, kind: str, message: Message, direction: str) -> None:

@@ -6,13 +6,10 @@ it ended. What a call did neither posting nor waiting is computing.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,14 +33,19 @@ class Span(NamedTuple):
 class Trip:
     """Messages that were posted together. moments: posting began and ended, waiting began and ended; without the last two it is under way.
 
-    received, sent: bytes.
+    received, sent: bytes. now: the timeline's clock.
     """
 
     kind: str
     what: str
     received: int
     sent: int
+    now: Callable[[], Moment]
     moments: list[Moment] = field(default_factory=list)
+
+    def mark(self) -> None:
+        """The next moment has come."""
+        self.moments.append(self.now())
 
 
 class Journey(NamedTuple):
@@ -62,7 +64,8 @@ class Journey(NamedTuple):
 
 
 class Timeline:
-    """What one rank recorded, from `Ring.recorded`. On CUDA moments are those of the current stream, in which kernels wait for messages.
+    """What one rank recorded, from `Ring.recorded`. On CUDA moments are those of the current stream, in which kernels wait for messages
+    (not run on a GPU yet).
 
     origin: seconds since 1970 when it began, by which the timelines of ranks are laid over each other.
     """
@@ -83,8 +86,10 @@ class Timeline:
 
     def trip(self, kind: str, what: str, received: int, sent: int) -> Trip:
         """Record messages that are about to be posted."""
-        self._trips.append(Trip(kind, what, received, sent, [self.moment()]))
-        return self._trips[-1]
+        trip = Trip(kind, what, received, sent, self.moment)
+        trip.mark()
+        self._trips.append(trip)
+        return trip
 
     @contextmanager
     def call(self, what: str) -> Iterator[None]:
@@ -128,38 +133,3 @@ class Timeline:
 
     def _seconds(self, moment: Moment) -> float:
         return self._start.elapsed_time(moment) / 1000 if self.is_cuda else moment - self._start
-
-
-def chrome(timeline: Timeline, rank: int) -> dict[str, Any]:
-    """Chrome's trace format, a process a rank, which ui.perfetto.dev opens; `ringctx show` merges those of all ranks.
-
-    Threads: calls, computing, posting and waiting, and one for each kind of message under way.
-    """
-    journeys = timeline.journeys()
-    kinds = list(dict.fromkeys(one.kind for one in journeys))
-    rows = ["calls", "computing", "posting and waiting", *(f"{kind} under way" for kind in kinds)]
-    event = partial(_event, timeline.origin, rank)
-    events = [{"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}]
-    events += [{"ph": "M", "name": "thread_name", "pid": rank, "tid": n, "args": {"name": row}} for n, row in enumerate(rows)]
-    events += [event(0, what, span) for what, span in timeline.calls()]
-    events += [event(1, "computing", span) for span in timeline.computing()]
-    for one in journeys:
-        moved = {"kind": one.kind, "received": one.received, "sent": one.sent}
-        events.append(event(2, f"posting {one.what}", one.posting, **moved))
-        events.append(event(2, f"waiting for {one.what}", one.waiting, **moved))
-        events.append(event(3 + kinds.index(one.kind), one.what, one.flight, **moved))
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def save(timeline: Timeline, folder: Path, rank: int) -> Path:
-    """Write a rank's trace into the folder; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank-{rank}.trace.json"
-    path.write_text(json.dumps(chrome(timeline, rank)) + "\n")
-    return path
-
-
-def _event(origin: float, rank: int, row: int, name: str, span: Span, **args: Any) -> dict[str, Any]:
-    """A span in microseconds."""
-    where = {"ph": "X", "pid": rank, "tid": row, "ts": (origin + span.began) * 1e6, "dur": span.seconds * 1e6}
-    return {"name": name, "args": args, **where}

@@ -26,8 +26,8 @@ from ringctx.core.carry import Carry
 from ringctx.core.entry import ring_attention
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Message, Ring
-from ringctx.core.timeline import save
 from ringctx.tools.floors import Silent, exposed, send_only
+from ringctx.tools.show.timelines import save
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 
 from ringctx import Attention, Layout, ring_attention
 from ringctx.core.ring import Ring
-from ringctx.core.timeline import Journey, Span, chrome
+from ringctx.core.timeline import Journey, Span, Timeline
+from ringctx.tools.show.timelines import chrome
 from tests.pool import Pool
 
 S, LATE = 600, 0.4
@@ -36,8 +37,6 @@ def recorded(ring: Ring, transport: str, late: int = -1) -> tuple[list[Journey],
 @pytest.mark.parametrize("transport", ["rotate", "fetch", "heads", "pass_q"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_bytes_are_those_counted_and_times_add_up(pool: Pool, size: int, transport: str) -> None:
-    if transport == "heads" and size == 3:
-        transport = "gather"
     for journeys, calls, computing, trace, sent in pool.run(recorded, transport, size=size):
         assert {kind: sum(j.sent for j in journeys if j.kind == kind) for kind in sent} == sent
         assert [what for what, _ in calls] == ["forward", "backward"]
@@ -70,3 +69,34 @@ def test_nothing_is_written_down_when_nobody_asked(pool: Pool) -> None:
     with Ring.alone().recorded() as timeline:
         pass
     assert timeline.journeys() == [] and timeline.calls() == [] and timeline.computing() == []
+
+
+class FakeEvent:
+    """An event of a stream whose clock goes on by two milliseconds at each record."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.now += 2.0
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return other.at - self.at
+
+
+def test_on_cuda_moments_are_events_of_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    synchronized: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: synchronized.append(True))
+    timeline = Timeline(is_cuda=True)
+    with timeline.call("forward"):
+        trip = timeline.trip("keys", "keys at hop 1", 8, 8)
+        for _ in range(3):
+            trip.mark()
+    assert timeline.calls() == [("forward", Span(0.002, pytest.approx(0.012)))]
+    (journey,) = timeline.journeys()
+    assert journey.posting == pytest.approx((0.004, 0.006)) and journey.waiting == pytest.approx((0.008, 0.010))
+    assert sum(span.seconds for span in timeline.computing()) == pytest.approx(0.006) and synchronized

@@ -9,7 +9,7 @@ from ringctx import Layout
 from ringctx.core.choose import Shape, choose
 from ringctx.core.pattern import CAUSAL, FULL, PARTIAL
 from ringctx.core.plan import Plan, make_plan, path, wanted
-from ringctx.core.tiles import area, pieces, spans_of, tiles, union, width
+from ringctx.core.tiles import area, needs, pieces, spans_of, tiles, union, width
 from ringctx.patterns import blocks, causal, dilated, documents, full, global_tokens, prefix, sinks, window
 
 PATTERNS = {
@@ -242,3 +242,15 @@ def test_a_chunk_wants_the_keys_that_its_queries_see(pattern: str, layout: str, 
 def test_a_window_is_a_strip_for_each_leaf_of_rows_without_keys_that_none_of_them_sees():
     rows = tiles(causal() & window(6), (range(40, 64),), (range(30, 64),))
     assert rows == tuple((int(PARTIAL), a, a + 4, a + 5, a + 14) for a in range(0, 24, 4))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("second", [None, "sinks", "dilated"])
+@pytest.mark.parametrize(("name", "length"), [*((name, 45) for name in PATTERNS), ("window", 700), ("sinks", 700), ("globals", 700)])
+def test_needs_are_the_keys_that_somebody_sees_and_no_others(name, second, length, size):
+    patterns = (PATTERNS[name],) if second is None else (PATTERNS[name], PATTERNS[second])
+    for layout in (Layout.zigzag(length, size), Layout.striped(length, size)):
+        for rank, owner in itertools.product(range(size), repeat=2):
+            i, j = layout.indices(rank), layout.indices(owner)
+            seen = torch.stack([pattern.allows(i, j).reshape(-1, len(i), len(j)).any(0).any(0) for pattern in patterns]).any(0)
+            assert needs(patterns, layout.spans[rank], layout.spans[owner]) == spans_of(seen)

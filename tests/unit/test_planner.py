@@ -11,6 +11,7 @@ import pytest
 
 from ringctx import Attention, Layout, cli
 from ringctx.config import parse
+from ringctx.core.pattern import Pattern
 from ringctx.core.plan import make_plan
 from ringctx.errors import ConfigError
 from ringctx.patterns import causal, sinks, window
@@ -21,19 +22,19 @@ SMALL = Shapes(layers=3, hidden=64, heads=4, key_heads=2, width=16, intermediate
 H100 = device_named("h100")
 
 
-def asked(tokens: int, ranks: int, **more: object) -> Asked:
-    return Asked(tokens=tokens, ranks=ranks, device=H100, link=link_of("ndr"), node_link=link_of("nvlink4"), **more)  # type: ignore[arg-type]
+def asked(tokens: int, ranks: int, **more: int) -> Asked:
+    return Asked(tokens=tokens, ranks=ranks, device=H100, link=link_of("ndr"), node_link=link_of("nvlink4"), **more)
 
 
 @pytest.mark.parametrize("pattern", [causal(), causal() & (window(50) | sinks(3))])
-def test_bytes_hops_and_balance_are_the_plans(pattern: object) -> None:
-    found = predict(SMALL, {Attention(pattern): 3}, asked(700, 5))  # type: ignore[arg-type]
+def test_bytes_hops_and_balance_are_the_plans(pattern: Pattern) -> None:
+    found = predict(SMALL, {Attention(pattern): 3}, asked(700, 5))
     assert {(one.layout, one.transport) for one in found.options} == {
         (layout, transport) for layout in ("zigzag", "contiguous", "striped") for transport in ("rotate", "fetch", "gather")
     }
     for one in found.options:
         layout = getattr(Layout, one.layout)(700, 5)
-        plans = [make_plan((pattern,), layout, layout, rank, one.transport) for rank in range(5)]  # type: ignore[arg-type]
+        plans = [make_plan((pattern,), layout, layout, rank, one.transport) for rank in range(5)]
         assert one.bytes == 3 * sum(plan.tokens_sent for plan in plans) * 2 * 2 * 16 * 2
         assert one.hops == max(len(plan.hops) for plan in plans)
         costs = [plan.cost for plan in plans]

@@ -14,9 +14,9 @@ pytest.importorskip("transformers")
 from ringctx import cli
 from ringctx.config import parse
 from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL
-from ringctx.core.timeline import Span, Timeline, save
+from ringctx.core.timeline import Span, Timeline
 from ringctx.tools import show
-from ringctx.tools.show.timelines import merged, ranks
+from ringctx.tools.show.timelines import merged, ranks, save
 
 SCRATCH = "training: {scratch: {layers: 3, hidden: 64, heads: 4, key_heads: 2, intermediate: 64, vocabulary: 50}, context: 64}"
 

@@ -13,7 +13,7 @@ from ringctx.tools.planner.simulate import Link
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """attention, attention_backward, linear: FLOP/s that these reach in bf16. tile: seconds that a tile takes besides.
+    """attention, linear: FLOP/s that these reach in bf16. tile: seconds that a tile takes besides.
 
     post, hidden: as in Costs.
     """
@@ -21,7 +21,6 @@ class Device:
     name: str
     memory: float
     attention: float
-    attention_backward: float
     linear: float
     tile: float = 10e-6
     post: float = 20e-6
@@ -29,19 +28,17 @@ class Device:
     source: str = ""
 
 
-def _gpu(name: str, peak: float, memory_gb: float, shares: tuple[float, float, float], source: str) -> Device:
-    """From a peak in TFLOP/s, dense in bf16, and the shares of it that attention, its backward and matrix products reach."""
-    attention, backward, linear = (share * peak * 1e12 for share in shares)
-    return Device(name=name, memory=memory_gb * 1e9, attention=attention, attention_backward=backward, linear=linear, source=source)
+def _gpu(name: str, peak: float, memory_gb: float, shares: tuple[float, float], source: str) -> Device:
+    """From a peak in TFLOP/s, dense in bf16, and the shares of it that attention and matrix products reach."""
+    attention, linear = (share * peak * 1e12 for share in shares)
+    return Device(name=name, memory=memory_gb * 1e9, attention=attention, linear=linear, source=source)
 
 
 DEVICES = {
-    "a100": _gpu(
-        "A100 SXM 80 GB", 312, 80, (0.6, 0.5, 0.75), "NVIDIA A100 data sheet; FlashAttention-2 (arXiv 2307.08691, figures 4 to 6)"
-    ),
-    "h100": _gpu("H100 SXM", 989, 80, (0.6, 0.5, 0.65), "NVIDIA H100 data sheet; FlashAttention-3 (arXiv 2407.08608, figures 5 and 6)"),
-    "h200": _gpu("H200 SXM", 989, 141, (0.6, 0.5, 0.65), "NVIDIA H200 data sheet; kernels as of H100"),
-    "b200": _gpu("B200", 2250, 180, (0.6, 0.5, 0.65), "NVIDIA DGX B200 data sheet; shares assumed as of H100"),
+    "a100": _gpu("A100 SXM 80 GB", 312, 80, (0.6, 0.75), "NVIDIA A100 data sheet; FlashAttention-2 (arXiv 2307.08691, figures 4 to 6)"),
+    "h100": _gpu("H100 SXM", 989, 80, (0.6, 0.65), "NVIDIA H100 data sheet; FlashAttention-3 (arXiv 2407.08608, figures 5 and 6)"),
+    "h200": _gpu("H200 SXM", 989, 141, (0.6, 0.65), "NVIDIA H200 data sheet; kernels as of H100"),
+    "b200": _gpu("B200", 2250, 180, (0.6, 0.65), "NVIDIA DGX B200 data sheet; shares assumed as of H100"),
 }
 """Causal attention at width 128 and long sequences; peaks are those of the sheets without sparsity."""
 

@@ -26,6 +26,8 @@ LAYOUTS: Mapping[str, Callable[[int, int], Layout]] = {
 }
 TRANSPORTS = ("rotate", "fetch", "gather")
 """What is simulated: transports that move keys."""
+ITEM = 2
+"""Bytes of a number: devices' figures are of bf16."""
 AS_QUICK = 1.01
 """Options within so much of the quickest count as quick."""
 ACTIVATIONS = 12
@@ -36,7 +38,7 @@ ACTIVATIONS = 12
 class Asked:
     """What is planned. link: between neighbours; node_link and nodes: equal runs of ranks that have a quicker link among themselves.
 
-    tensor: ranks of a row, which share heads and weights; their own messages take `node_link`. item: bytes of a number.
+    tensor: ranks of a row, which share heads and weights; their own messages take `node_link`.
     """
 
     tokens: int
@@ -46,7 +48,6 @@ class Asked:
     node_link: Link | None = None
     nodes: int = 1
     tensor: int = 1
-    item: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def _option(shapes: Shapes, layers: Mapping[Attention, int], asked: Asked, name:
         slowest = max(range(asked.ranks), key=lambda rank: times.computing[rank])
         total["attention"] += count * times.computing[slowest]
         total["exposed"] += count * (times.total - times.computing[slowest])
-        total["bytes"] += count * sum(plan.tokens_sent for plan in plans) * shapes.values_a_token * asked.item
+        total["bytes"] += count * sum(plan.tokens_sent for plan in plans) * shapes.values_a_token * ITEM
         hops, visiting = max(hops, *(len(plan.hops) for plan in plans)), max(visiting, *(plan.held for plan in plans))
         loads = [load + count * _pairs(plan, heads) for load, plan in zip(loads, plans, strict=True)]
     tokens = max(layout.count(rank) for rank in range(asked.ranks))
@@ -159,7 +160,7 @@ def _costs(shapes: Shapes, asked: Asked, heads: Sequence[int]) -> Costs:
     inner = asked.ranks // asked.nodes
     within = asked.node_link or asked.link
     link = lambda a, b: within if a // inner == b // inner and asked.nodes > 1 else asked.link
-    moved = shapes.values_a_token * asked.item / asked.tensor
+    moved = shapes.values_a_token * ITEM / asked.tensor
     return Costs(work, moved, 2 * moved, link, post=device.post, hidden=device.hidden)
 
 
@@ -168,17 +169,17 @@ def _rows(shapes: Shapes, asked: Asked, tokens: int) -> float:
     if asked.tensor == 1:
         return 0.0
     link = asked.node_link or asked.link
-    moved = 2 * (asked.tensor - 1) / asked.tensor * tokens * shapes.hidden * asked.item
+    moved = 2 * (asked.tensor - 1) / asked.tensor * tokens * shapes.hidden * ITEM
     return 2 * shapes.layers * link.seconds(moved)
 
 
 def _memory(shapes: Shapes, asked: Asked, tokens: int, visiting: int) -> dict[str, float]:
     """Bytes of a rank: weights, all layers' keys, what visits, and a layer's activations."""
-    a_token = shapes.values_a_token * asked.item / asked.tensor
+    a_token = shapes.values_a_token * ITEM / asked.tensor
     parts = {
-        "weights": shapes.params * asked.item / asked.tensor,
+        "weights": shapes.params * ITEM / asked.tensor,
         "keys": shapes.layers * tokens * a_token,
         "visiting": visiting * a_token,
-        "activations": ACTIVATIONS * tokens * shapes.hidden * asked.item / asked.tensor,
+        "activations": ACTIVATIONS * tokens * shapes.hidden * ITEM / asked.tensor,
     }
     return {"total": sum(parts.values()), **parts}

@@ -1,6 +1,7 @@
-"""Timelines: the traces of all ranks, laid over each other by the clock.
+"""Timelines: a rank's timeline as a trace, and the traces of all ranks, laid over each other by the clock.
 
-Knows Chrome's trace format as `ringctx.core.timeline` writes it.
+Knows Chrome's trace format, which ui.perfetto.dev opens: a process a rank; threads for calls, computing, posting and waiting, and one for
+each kind of message under way.
 """
 
 from __future__ import annotations
@@ -8,13 +9,42 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ringctx.core.timeline import Span, Timeline
 from ringctx.errors import ConfigError
 
-CALLS, COMPUTING, EXPOSED = 0, 1, 2
-"""Threads of a trace; those after them are messages under way."""
+
+def chrome(timeline: Timeline, rank: int) -> dict[str, Any]:
+    """The trace of one rank."""
+    journeys = timeline.journeys()
+    kinds = list(dict.fromkeys(one.kind for one in journeys))
+    rows = ["calls", "computing", "posting and waiting", *(f"{kind} under way" for kind in kinds)]
+    event = partial(_event, timeline.origin, rank)
+    events = [{"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}]
+    events += [{"ph": "M", "name": "thread_name", "pid": rank, "tid": n, "args": {"name": row}} for n, row in enumerate(rows)]
+    events += [event(0, what, span) for what, span in timeline.calls()]
+    events += [event(1, "computing", span) for span in timeline.computing()]
+    for one in journeys:
+        moved = {"kind": one.kind, "received": one.received, "sent": one.sent}
+        events.append(event(2, f"posting {one.what}", one.posting, **moved))
+        events.append(event(2, f"waiting for {one.what}", one.waiting, **moved))
+        events.append(event(3 + kinds.index(one.kind), one.what, one.flight, **moved))
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def save(timeline: Timeline, folder: Path, rank: int) -> None:
+    """Write a rank's trace into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"rank-{rank}.trace.json").write_text(json.dumps(chrome(timeline, rank)) + "\n")
+
+
+def _event(origin: float, rank: int, row: int, name: str, span: Span, **args: Any) -> dict[str, Any]:
+    """A span in microseconds."""
+    where = {"ph": "X", "pid": rank, "tid": row, "ts": (origin + span.began) * 1e6, "dur": span.seconds * 1e6}
+    return {"name": name, "args": args, **where}
 
 
 @dataclass(frozen=True)
