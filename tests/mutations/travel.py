@@ -51,7 +51,7 @@ TRAVEL = (
         "here |= pattern.allows(indices_of(take(q, [(a, b)])), indices_of(take(k, [(c, d)]))).reshape(-1, d - c).any(0)",
         "here[:] = True",
         "fetch brings every key of a tile of which some are seen",
-        unit("plan", "test_needs_are_the_keys_that_somebody_sees_and_no_others[window-700-None-3]"),
+        unit("plan", "test_needs_are_the_keys_that_somebody_sees_and_no_others[sinks-45-None-3]"),
     ),
     Mutation(
         "double_ring_path",
