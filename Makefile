@@ -93,9 +93,9 @@ bench: $(READY) ## the measurements of docs/results, rerun
 triton: $(READY) ## the Triton kernels in Triton's interpreter, then compiled for GPUs; installs triton (900 MB)
 	@$(PY) -m pip install -q -c $(CONSTRAINTS) -e '.[triton]'
 	$(call say,'triton: in the interpreter')
-	@TRITON_INTERPRET=1 $(TESTS) tests/unit/test_triton_carried.py $(ARGS)
+	@TRITON_INTERPRET=1 TRITON_DEFAULT_FP_FUSION=1 $(TESTS) tests/unit/test_triton_tiles.py tests/unit/test_triton_carried.py $(ARGS)
 	$(call say,'triton: compiled')
-	@$(TESTS) tests/unit/test_triton_carried.py $(ARGS)
+	@TRITON_DEFAULT_FP_FUSION=1 $(TESTS) tests/unit/test_triton_tiles.py tests/unit/test_triton_carried.py $(ARGS)
 
 clean: ## remove the virtual environment and caches (weights in ~/.cache/ringctx stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,31 +1,36 @@
 #!/usr/bin/env bash
-# On a machine with one or more NVIDIA GPUs: sets up, says what can run, runs the tests marked gpu, then the example over all GPUs.
-# What is printed is what a report of a GPU problem should hold.
+# On a machine with one or more NVIDIA GPUs: sets up, says what can run, holds every GPU path against float64, measures, and runs the
+# example over all GPUs. All of it is printed and kept in runs/gpu_check.txt, which is what a report of a GPU problem should hold.
+# PYTHON=python3 launch/gpu_check.sh uses that interpreter and what it has installed, and sets nothing up. QUICK=1 measures less.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-VENV=${VENV:-.venv}
 nvidia-smi -L || { echo "no NVIDIA GPU is visible here; on CPUs run: make test" >&2; exit 2; }
 gpus=$(nvidia-smi -L | grep -c '^GPU')
+if [ -z "${PYTHON:-}" ]; then
+    VENV=${VENV:-.venv}
+    make setup VENV="$VENV"
+    PYTHON=$VENV/bin/python
+fi
+export PYTHONPATH=${PYTHONPATH:-}${PYTHONPATH:+:}$PWD TRITON_DEFAULT_FP_FUSION=1
+mkdir -p runs
 
-make setup VENV="$VENV"
-"$VENV/bin/python" - <<'PYTHON'
+check() {
+    "$PYTHON" - <<'PYTHON' || return
 import sys, torch
 print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPU visible to torch")
 if not torch.cuda.is_available():
     sys.exit("torch sees no GPU: the driver and this build of torch do not fit. Choose a build: make clean; make setup TORCH_ARGS='--index-url ...'")
 PYTHON
-printf '\n== kernels for a causal bfloat16 call with 8 heads of width 64\n'
-"$VENV/bin/python" - <<'PYTHON'
-import torch
-from ringctx.kernels import REGISTRY, Call
-call = Call("cuda", torch.bfloat16, h=8, g=8, d=64, e=64, causal=True, backward=True)
-for kernel in REGISTRY:
-    print(f"{kernel.name:10} {kernel.why_not(call) or 'takes it'}")
-PYTHON
-printf '\n== tests marked gpu\n'
-status=0
-"$VENV/bin/python" -m pytest -q -m gpu tests || status=$?
-[ "$status" -ne 5 ] || { echo "no test is marked gpu yet"; status=0; }
-printf '\n== the example, one rank a GPU\n'
-OMP_NUM_THREADS=1 "$VENV/bin/python" -m torch.distributed.run --standalone --nproc-per-node="$gpus" launch/examples/attend.py
-exit "$status"
+    printf '\n== what is here\n'
+    "$PYTHON" -m ringctx doctor
+    printf '\n== tests marked gpu\n'
+    local status=0
+    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider ${TESTS:---no-header} tests/gpu || status=$?
+    printf '\n== measured\n'
+    "$PYTHON" -m tests.gpu.measured ${QUICK:+--quick} || status=$?
+    printf '\n== the example, one rank a GPU\n'
+    OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$gpus" launch/examples/attend.py || status=$?
+    return "$status"
+}
+
+check 2>&1 | tee runs/gpu_check.txt

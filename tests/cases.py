@@ -286,15 +286,15 @@ def _attention(case: Case, n: int, normal: Callable[..., Tensor]) -> Attention:
     return Attention(pattern=pattern)
 
 
-def problem(case: Case) -> Problem:
-    """The same tensors in every process that asks."""
+def problem(case: Case, device: str = "cpu") -> Problem:
+    """The same tensors in every process that asks; the indices stay on the CPU."""
     layout, key_layout = _layouts(case)
     n = max(layout.length, key_layout.length)
     generator = torch.Generator().manual_seed(case.seed)
     dtype = DTYPES[case.dtype]
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(device, dtype)
 
     i, j = (torch.cat([x.indices(r) for r in range(x.size)]).sort().values for x in (layout, key_layout))
     (h, g), (d, e), b = case.heads, case.widths, case.batch
@@ -309,9 +309,9 @@ def problem(case: Case) -> Problem:
 # -- what a rank does ---------------------------------------------------------------------------------------------------
 
 
-def on_rank(ring: Any, case: Case) -> dict[str, Any]:
-    """Forward and backward of this rank's share. A refusal is an answer too, if forward gives it."""
-    given = problem(case)
+def on_rank(ring: Any, case: Case, device: str = "cpu") -> dict[str, Any]:
+    """Forward and backward of this rank's share, answered on the CPU. A refusal is an answer too, if forward gives it."""
+    given = problem(case, device)
     q = given.part(given.q, ring.rank, given.layout, given.i).requires_grad_()
     k, v = (given.part(x, ring.rank, given.key_layout, given.j).requires_grad_() for x in (given.k, given.v))
     params = [x.requires_grad_() for x in given.attention.params()]
@@ -324,7 +324,8 @@ def on_rank(ring: Any, case: Case) -> dict[str, Any]:
     if given.dlse is not None:
         ends, slopes = [out, lse], [*slopes, given.part(given.dlse, ring.rank, given.layout, given.i)]
     dq, dk, dv, *dparams = torch.autograd.grad(ends, [q, k, v, *params], slopes)
-    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv, "dparams": dparams}
+    found = {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+    return {**{name: x.cpu() for name, x in found.items()}, "dparams": [x.cpu() for x in dparams]}
 
 
 def oracle(case: Case, given: Problem) -> Dense:

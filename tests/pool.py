@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that is started once and then runs jobs on its first R ranks.
+"""A pool of ranks that is started once and then runs jobs on its first R ranks.
 
 Knows processes and pipes. Ranks meet over files, so no port is taken. `pool.run(job, *args, size=R)` calls the module-level
 function `job(ring, *args)` on ranks 0..R-1 and returns their results. When a rank fails, its traceback is raised here with
@@ -52,10 +52,13 @@ class RanksHang(AssertionError):
 
 
 class Pool:
-    """Gloo processes: `first` of them, eight once a job asks for more. ring_timeout: seconds that a rank waits for another."""
+    """Processes that talk over gloo, or NCCL: `first` of them, eight once a job asks for more.
 
-    def __init__(self, ring_timeout: float = 30.0, first: int = FIRST) -> None:
-        self._ring_timeout, self._first = ring_timeout, first
+    ring_timeout: seconds that a rank waits for another. On NCCL ranks share the GPUs there are.
+    """
+
+    def __init__(self, ring_timeout: float = 30.0, first: int = FIRST, backend: str = "gloo") -> None:
+        self._ring_timeout, self._first, self._backend = ring_timeout, first, backend
         self._folder = tempfile.TemporaryDirectory(prefix="ringctx-pool-")
         self._workers: list[_Worker] = []
         self._worlds = itertools.count()
@@ -118,7 +121,7 @@ class Pool:
         folder = Path(self._folder.name)
         self._workers += [_Worker(rank, folder) for rank in range(len(self._workers), target)]
         self._ready, self._spoilt = {}, False
-        self._send(target, ("world", str(folder / f"world{next(self._worlds)}"), target))
+        self._send(target, ("world", str(folder / f"world{next(self._worlds)}"), target, self._backend))
         self._collect(target, 120.0)
 
     def _send(self, size: int, message: tuple[Any, ...]) -> None:
@@ -232,13 +235,15 @@ def _obey(rank: int, rings: dict[Any, Any], message: tuple[Any, ...]) -> Any:
     import torch.distributed as dist
 
     match message:
-        case ("world", path, size):
+        case ("world", path, size, backend):
             rings.clear()
             rings["groups"] = {}
             if dist.is_initialized():
                 dist.destroy_process_group()
+            if backend == "nccl":
+                _share_gpus(rank)
             store = dist.FileStore(path, size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
             return None
         case ("ring", number, size, fold, limit, spoilt):
             if spoilt:
@@ -267,6 +272,14 @@ def _ring(size: int, fold: Fold, limit: float, groups: dict[int, Any]) -> Any:
         groups[size] = parts[0]
     inside = dist.get_rank() < size
     return Ring.from_group(groups[size], timeout=limit, heads=fold.heads, nodes=fold.nodes) if inside else None
+
+
+def _share_gpus(rank: int) -> None:
+    """NCCL refuses two ranks on one GPU of one host; ranks that each call themselves a host it joins over the loopback device."""
+    import torch
+
+    os.environ |= {"NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+    torch.cuda.set_device(rank % torch.cuda.device_count())
 
 
 def _plain(error: BaseException) -> BaseException:

@@ -12,12 +12,12 @@ from functools import lru_cache
 from ringctx.errors import ConfigError, Unsupported
 from ringctx.kernels.base import Call, Kernel
 from ringctx.kernels.flash import Flash
-from ringctx.kernels.flex import Flex
 from ringctx.kernels.native import Native
 from ringctx.kernels.reference import Reference
 from ringctx.kernels.sdpa import Sdpa
+from ringctx.kernels.triton_tiles import Triton
 
-REGISTRY: tuple[Kernel, ...] = (Flash(), Native(), Sdpa(), Flex(), Reference())
+REGISTRY: tuple[Kernel, ...] = (Flash(), Native(), Sdpa(), Triton(), Reference())
 """Kernels that "auto" tries, best first."""
 
 BY_NAME_ONLY: tuple[Kernel, ...] = (Sdpa("precise", precise=True),)

@@ -23,13 +23,10 @@ from torch import Tensor
 
 from ringctx.errors import Unsupported
 from ringctx.kernels.tricks import is_empty, nothing_seen
+from ringctx.kernels.triton_blocks import jit, load, places, products, span, triton, why_not, wide
 
-try:
-    import triton
+if triton:
     import triton.language as tl
-except ImportError:  # `why_not` then says so
-    triton = None
-jit = triton.jit if triton else lambda kernel: kernel
 
 
 class Tile(NamedTuple):
@@ -62,33 +59,18 @@ class Tile(NamedTuple):
 
 
 @jit
-def _places(X, batch, at, count, head, HEADS, WIDTH, WIDE: tl.constexpr):
-    """Where tokens `at` of one head of X (b count HEADS WIDTH) lie, (at, WIDE), and which of these places exist."""
-    columns = tl.arange(0, WIDE)
-    places = ((batch * count + at) * HEADS + head)[:, None] * WIDTH + columns[None, :]
-    return X + places, (at < count)[:, None] & (columns < WIDTH)[None, :]
-
-
-@jit
-def _load(X, batch, at, count, head, HEADS, WIDTH, WIDE: tl.constexpr):
-    """These tokens of one head of X, (at, WIDE), 0 beyond the edges."""
-    places, exist = _places(X, batch, at, count, head, HEADS, WIDTH, WIDE)
-    return tl.load(places, mask=exist, other=0.0)
-
-
-@jit
 def _add(X, x, batch, at, count, head, HEADS, WIDTH, WIDE: tl.constexpr):
     """Add x (at, WIDE) to these tokens of one head of X, which no other program touches meanwhile."""
-    places, exist = _places(X, batch, at, count, head, HEADS, WIDTH, WIDE)
-    tl.store(places, tl.load(places, mask=exist, other=0.0) + x, mask=exist)
+    where, exist = places(X, batch, at, count, head, HEADS, WIDTH, WIDE)
+    tl.store(where, tl.load(where, mask=exist, other=0.0) + x, mask=exist)
 
 
 @jit
 def _load_rows(t, batch, rows, head):
     """q, dout, lse and delta of one query head."""
     at = (batch * t.num_queries + rows) * t.H + head
-    q = _load(t.Q, batch, rows, t.num_queries, head, t.H, t.D, t.WIDE_D)
-    dout = _load(t.DOUT, batch, rows, t.num_queries, head, t.H, t.E, t.WIDE_E)
+    q = load(t.Q, batch, rows, t.num_queries, head, t.H, t.D, t.WIDE_D)
+    dout = load(t.DOUT, batch, rows, t.num_queries, head, t.H, t.E, t.WIDE_E)
     exist = rows < t.num_queries
     return q, dout, tl.load(t.LSE + at, mask=exist, other=0.0), tl.load(t.DELTA + at, mask=exist, other=0.0)
 
@@ -96,14 +78,8 @@ def _load_rows(t, batch, rows, head):
 @jit
 def _load_keys(t, batch, cols, head):
     """k and v of one key head."""
-    k = _load(t.K, batch, cols, t.num_keys, head, t.G, t.D, t.WIDE_D)
-    return k, _load(t.V, batch, cols, t.num_keys, head, t.G, t.E, t.WIDE_E)
-
-
-@jit
-def _span(block, SIZE: tl.constexpr):
-    """Places of this block's tokens in the tile; 64 bits, since what is computed of them may pass 2^31."""
-    return tl.arange(0, SIZE).to(tl.int64) + block * SIZE
+    k = load(t.K, batch, cols, t.num_keys, head, t.G, t.D, t.WIDE_D)
+    return k, load(t.V, batch, cols, t.num_keys, head, t.G, t.E, t.WIDE_E)
 
 
 @jit
@@ -125,15 +101,9 @@ def _given(t, batch, rows, cols):
     j = tl.load(t.J + cols, mask=cols < t.num_keys, other=0)
     spared = tl.load(t.SPARED + batch * t.num_keys + cols, mask=cols < t.num_keys, other=1) != 0
     gives = _seen(t, batch, 0, rows, cols) & (j[None, :] < i[:, None]) & (spared == 0)[None, :]
-    q = _load(t.Q, batch, rows, t.num_queries, 0, t.H, t.D, t.WIDE_D)
-    k = _load(t.K, batch, cols, t.num_keys, 0, t.G, t.D, t.WIDE_D)
-    return tl.where(gives, tl.maximum(_products(q, k) * t.scale, 0.0), 0.0)
-
-
-@jit
-def _products(x, y):
-    """x (m w), y (n w) -> x y^T (m n) fp32. fp32 is multiplied as such, not as TF32: sums over a row of queries add up what is lost."""
-    return tl.dot(x, tl.trans(y), input_precision="ieee")
+    q = load(t.Q, batch, rows, t.num_queries, 0, t.H, t.D, t.WIDE_D)
+    k = load(t.K, batch, cols, t.num_keys, 0, t.G, t.D, t.WIDE_D)
+    return tl.where(gives, tl.maximum(products(q, k) * t.scale, 0.0), 0.0)
 
 
 @jit
@@ -147,14 +117,14 @@ def _penalty(t, given, batch, block, cols):
 def _scan(t: Tile, SUMS, FIRST, ADDED):
     """One block of keys walks the blocks of rows upwards and writes its part of the table, and what all rows gave."""
     block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    cols = _span(block, t.COLS)
+    cols = span(block, t.COLS)
     line = batch * t.num_keys + cols
     sums = tl.load(SUMS + line, mask=cols < t.num_keys, other=0.0)
     added = tl.zeros((t.COLS,), tl.float32)
     blocks = tl.cdiv(t.num_queries, t.ROWS)
     for a in range(tl.load(FIRST + block), blocks):
         tl.store(t.TABLE + (batch * blocks + a) * t.num_keys + cols, sums + added, mask=cols < t.num_keys)
-        added += tl.sum(_given(t, batch, _span(a, t.ROWS), cols), 0)
+        added += tl.sum(_given(t, batch, span(a, t.ROWS), cols), 0)
     tl.store(ADDED + line, added, mask=cols < t.num_keys)
 
 
@@ -162,33 +132,33 @@ def _scan(t: Tile, SUMS, FIRST, ADDED):
 def _attend(t: Tile, REACH, OUT, LSE):
     """One block of rows of one head walks the keys that it reaches: softmax on the way, head 0's part computed anew."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = _span(block, t.ROWS)
-    q = _load(t.Q, batch, rows, t.num_queries, head, t.H, t.D, t.WIDE_D)
+    rows = span(block, t.ROWS)
+    q = load(t.Q, batch, rows, t.num_queries, head, t.H, t.D, t.WIDE_D)
     highest = tl.full((t.ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((t.ROWS,), tl.float32)
     out = tl.zeros((t.ROWS, t.WIDE_E), tl.float32)
     for c in range(tl.cdiv(tl.load(REACH + block), t.COLS)):
-        cols = _span(c, t.COLS)
+        cols = span(c, t.COLS)
         penalty = _penalty(t, _given(t, batch, rows, cols), batch, block, cols)
         k, v = _load_keys(t, batch, cols, head // (t.H // t.G))
-        logits = tl.where(_seen(t, batch, head, rows, cols), _products(q, k) * t.scale - penalty, float("-inf"))
+        logits = tl.where(_seen(t, batch, head, rows, cols), products(q, k) * t.scale - penalty, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher)  # a row that saw nothing yet must not subtract -inf from -inf
         weights, shrink = tl.exp(logits - level[:, None]), tl.exp(highest - level)
         total = total * shrink + tl.sum(weights, 1)
         out = out * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         highest = higher
-    places, exist = _places(OUT, batch, rows, t.num_queries, head, t.H, t.E, t.WIDE_E)
+    where, exist = places(OUT, batch, rows, t.num_queries, head, t.H, t.E, t.WIDE_E)
     total = tl.where(total == 0.0, 1.0, total)
-    tl.store(places, out / total[:, None], mask=exist)
+    tl.store(where, out / total[:, None], mask=exist)
     tl.store(LSE + (batch * t.num_queries + rows) * t.H + head, highest + tl.log(total), mask=rows < t.num_queries)
 
 
 @jit
 def _grads(t, q, k, v, dout, lse, delta, seen, penalty):
     """One head's probabilities and the gradients of its logits, dA."""
-    weights = tl.exp(tl.where(seen, _products(q, k) * t.scale - penalty - lse[:, None], float("-inf")))
-    return weights, weights * (_products(dout, v) - delta[:, None])
+    weights = tl.exp(tl.where(seen, products(q, k) * t.scale - penalty - lse[:, None], float("-inf")))
+    return weights, weights * (products(dout, v) - delta[:, None])
 
 
 @jit
@@ -213,7 +183,7 @@ def _given_grads(dpenalty, given, after):
 def _scan_back(t: Tile, LATER, FIRST, AFTER, GIVEN, DK):
     """One block of keys walks the blocks of rows downwards: AFTER, a table as TABLE, gets dF's sums, dk of head 0 its part through S."""
     block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    cols = _span(block, t.COLS)
+    cols = span(block, t.COLS)
     line = batch * t.num_keys + cols
     later = tl.load(LATER + line, mask=cols < t.num_keys, other=0.0)
     total = tl.zeros((t.COLS,), tl.float32)
@@ -221,12 +191,12 @@ def _scan_back(t: Tile, LATER, FIRST, AFTER, GIVEN, DK):
     blocks = tl.cdiv(t.num_queries, t.ROWS)
     for step in range(blocks - tl.load(FIRST + block)):
         a = blocks - 1 - step
-        rows = _span(a, t.ROWS)
+        rows = span(a, t.ROWS)
         given = _given(t, batch, rows, cols)
         dpenalty = _penalty_grads(t, batch, rows, cols, _penalty(t, given, batch, a, cols))
         tl.store(AFTER + (batch * blocks + a) * t.num_keys + cols, later + total, mask=cols < t.num_keys)
         dgiven = _given_grads(dpenalty, given, later + total)
-        q = _load(t.Q, batch, rows, t.num_queries, 0, t.H, t.D, t.WIDE_D)
+        q = load(t.Q, batch, rows, t.num_queries, 0, t.H, t.D, t.WIDE_D)
         dk += tl.dot(tl.trans(dgiven.to(q.dtype)), q, input_precision="ieee")
         total += tl.sum(dpenalty, 0)
     tl.store(GIVEN + line, total, mask=cols < t.num_keys)
@@ -237,15 +207,15 @@ def _scan_back(t: Tile, LATER, FIRST, AFTER, GIVEN, DK):
 def _first_back(t: Tile, AFTER, REACH, DQ):
     """One block of rows: dq of head 0 gets what comes to it by way of S. Needs what `_scan_back` wrote."""
     block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows = _span(block, t.ROWS)
+    rows = span(block, t.ROWS)
     line = AFTER + (batch * tl.cdiv(t.num_queries, t.ROWS) + block) * t.num_keys
     dq = tl.zeros((t.ROWS, t.WIDE_D), tl.float32)
     for c in range(tl.cdiv(tl.load(REACH + block), t.COLS)):
-        cols = _span(c, t.COLS)
+        cols = span(c, t.COLS)
         given = _given(t, batch, rows, cols)
         dpenalty = _penalty_grads(t, batch, rows, cols, _penalty(t, given, batch, block, cols))
         dgiven = _given_grads(dpenalty, given, tl.load(line + cols, mask=cols < t.num_keys, other=0.0))
-        k = _load(t.K, batch, cols, t.num_keys, 0, t.G, t.D, t.WIDE_D)
+        k = load(t.K, batch, cols, t.num_keys, 0, t.G, t.D, t.WIDE_D)
         dq += tl.dot(dgiven.to(k.dtype), k, input_precision="ieee")
     _add(DQ, dq * t.scale, batch, rows, t.num_queries, 0, t.H, t.D, t.WIDE_D)
 
@@ -254,11 +224,11 @@ def _first_back(t: Tile, AFTER, REACH, DQ):
 def _queries_back(t: Tile, REACH, DQ):
     """One block of rows of one head walks the keys that it reaches: dq by way of its own logits."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows = _span(block, t.ROWS)
+    rows = span(block, t.ROWS)
     q, dout, lse, delta = _load_rows(t, batch, rows, head)
     dq = tl.zeros((t.ROWS, t.WIDE_D), tl.float32)
     for c in range(tl.cdiv(tl.load(REACH + block), t.COLS)):
-        cols = _span(c, t.COLS)
+        cols = span(c, t.COLS)
         penalty = _penalty(t, _given(t, batch, rows, cols), batch, block, cols)
         k, v = _load_keys(t, batch, cols, head // (t.H // t.G))
         _, dlogits = _grads(t, q, k, v, dout, lse, delta, _seen(t, batch, head, rows, cols), penalty)
@@ -270,11 +240,11 @@ def _queries_back(t: Tile, REACH, DQ):
 def _keys_back(t: Tile, FIRST, DK, DV):
     """One block of keys of one key head walks the blocks of rows and the query heads that read it: dk and dv."""
     block, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    cols = _span(block, t.COLS)
+    cols = span(block, t.COLS)
     k, v = _load_keys(t, batch, cols, group)
     dk, dv = tl.zeros((t.COLS, t.WIDE_D), tl.float32), tl.zeros((t.COLS, t.WIDE_E), tl.float32)
     for a in range(tl.load(FIRST + block), tl.cdiv(t.num_queries, t.ROWS)):
-        rows = _span(a, t.ROWS)
+        rows = span(a, t.ROWS)
         penalty = _penalty(t, _given(t, batch, rows, cols), batch, a, cols)
         for n in range(t.H // t.G):
             head = group * (t.H // t.G) + n
@@ -284,20 +254,6 @@ def _keys_back(t: Tile, FIRST, DK, DV):
             dk += tl.dot(tl.trans(dlogits.to(q.dtype)), q, input_precision="ieee")
     _add(DK, dk * t.scale, batch, cols, t.num_keys, group, t.G, t.D, t.WIDE_D)
     _add(DV, dv, batch, cols, t.num_keys, group, t.G, t.E, t.WIDE_E)
-
-
-def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """None if tiles on this device and of this dtype are computed, else the reason in half a sentence."""
-    if triton is None:
-        return "Triton is not installed (pip install ringctx[triton])"
-    interpreted = not isinstance(_scan, triton.JITFunction)
-    if device.split(":")[0] != "cuda" and not interpreted:
-        return "Triton's kernels need CUDA, or, to try them on a CPU, TRITON_INTERPRET=1 before they are imported"
-    if dtype == torch.bfloat16 and interpreted:
-        return "Triton's interpreter computes bfloat16 wrongly"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return "computes float32, bfloat16 and float16 only"
-    return None
 
 
 @torch.no_grad()
@@ -376,14 +332,14 @@ def _prepare(
     block of rows that may see any; and what the rows gave each key.
     """
     (b, num_queries, h, d), (num_keys, g, e) = q.shape, v.shape[1:]
-    rows = cols = _block(max(_wide(d), _wide(e)), q.element_size())
+    rows = cols = _block(max(wide(d), wide(e)), q.element_size())
     last = torch.arange(rows - 1, num_queries + rows - 1, rows, device=q.device).clamp(max=num_queries - 1)
     reach = torch.searchsorted(j, i.index_select(0, last), right=True).int()
     first = (torch.searchsorted(i, j.index_select(0, torch.arange(0, num_keys, cols, device=q.device))) // rows).int()
     parts: list[Any] = [x.contiguous() for x in (q, k, v, i, j, spared.expand(b, num_keys))]
     parts += (None, 0, 0) if mask is None else (mask.contiguous(), mask.shape[1] if mask.shape[0] > 1 else 0, int(mask.shape[1] > 1))
     parts += q.new_empty(b, len(reach), num_keys, dtype=torch.float32), scale, num_queries, num_keys
-    tile = Tile(*parts, *(tl.constexpr(x) for x in (h, g, d, e, rows, cols, _wide(d), _wide(e))))
+    tile = Tile(*parts, *(tl.constexpr(x) for x in (h, g, d, e, rows, cols, wide(d), wide(e))))
     added = torch.empty_like(sums, memory_format=torch.contiguous_format)
     _scan[(len(first), b)](tile, sums.contiguous(), first, added, num_stages=2, num_warps=rows // 8)
     return tile, reach, first, added
@@ -393,8 +349,3 @@ def _block(width: int, itemsize: int) -> int:
     """Rows and keys of a block: to width 512 every kernel fits compute capability 8.0's shared memory, 163 KiB. A warp has 8 of
     the rows: with 16, ptxas moves registers of every kernel but `_scan` to memory."""
     return 64 if itemsize == 2 and width <= 128 else 32 if width * itemsize <= 512 else 16
-
-
-def _wide(width: int) -> int:
-    """The power of two that holds this width; products of blocks want at least 16."""
-    return max(16, triton.next_power_of_2(width))

@@ -3,6 +3,7 @@
 The anchor is one process with as many threads as there are ranks, torch's scaled_dot_product_attention on the whole
 sequence; the ring is that many ranks of one thread each, on the same tensors. Both are timed in turn, in every round, so
 that a machine that slows down slows both; medians are reported. Rank 0 runs the anchor while the others sleep in a receive.
+On GPUs, one a rank, the anchor is one of them, whose time the ring's ranks are asked to divide among them.
 Of an attention with a carry the anchor is the same ring without it. Floors, where they are asked for, are timed in every round too.
 """
 
@@ -21,11 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringctx.config import ModelConfig
 from ringctx.core.attention import Attention
 from ringctx.core.carry import Carry
 from ringctx.core.entry import ring_attention
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Message, Ring
+from ringctx.device import device_of
 from ringctx.tools.floors import Silent, exposed, send_only
 from ringctx.tools.show.timelines import save
 
@@ -92,8 +95,8 @@ def measure(ring: Ring, case: Case, rounds: int, *, floors: bool = False, trace:
 
     trace: a folder for the timeline of the last round, a file a rank.
     """
-    layout = Layout.zigzag(case.S, ring.size)
-    q, k, v, dout = _tensors(case)
+    layout, device = Layout.zigzag(case.S, ring.size), device_of(ModelConfig())
+    q, k, v, dout = (x.to(device) for x in _tensors(case))
     mine = [layout.shard(x, ring.rank) for x in (q, k, v, dout)]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, attention: Attention = case.attention, over: Ring = ring) -> Tensor:
@@ -108,26 +111,28 @@ def measure(ring: Ring, case: Case, rounds: int, *, floors: bool = False, trace:
     for warmed in (attend, plain, silent)[: 2 + floors]:  # plans, allocator
         _timed(warmed, mine)
     for _ in range(rounds):
-        _meet(ring)
+        _meet(ring, device)
         with ring.recorded() as timeline:
             ours.append(_timed(attend, mine))
-        _meet(ring)
+        _meet(ring, device)
         if floors:
             kernels = sum(_timed(silent, mine))
-            _meet(ring)
+            _meet(ring, device)
             below.append((kernels, _messages(ring, case, layout, mine), exposed(timeline), sum(ours[-1])))
-            _meet(ring)
+            _meet(ring, device)
         if case.carry:
             anchors.append(_timed(plain, mine))
         elif ring.rank == 0:
             torch.set_num_threads(ring.size)
-            anchors.append(_timed(_sdpa, [q, k, v, dout]))
+            shares = ring.size if device.type == "cuda" else 1
+            forward, backward = _timed(_sdpa, [q, k, v, dout])
+            anchors.append((forward / shares, backward / shares))
             torch.set_num_threads(1)
     if trace is not None:
         save(timeline, trace, ring.rank)
-    slowest = _slowest(ring, ours)
-    anchors = _slowest(ring, anchors) if case.carry else anchors
-    found = _floors(_slowest(ring, below)) if floors else None
+    slowest = _slowest(ring, ours, device)
+    anchors = _slowest(ring, anchors, device) if case.carry else anchors
+    found = _floors(_slowest(ring, below, device)) if floors else None
     return _row(case, ring.size, slowest, anchors, found) if ring.rank == 0 else None
 
 
@@ -138,6 +143,7 @@ def _messages(ring: Ring, case: Case, layout: Layout, tensors: list[Tensor]) -> 
     began = time.perf_counter()
     for backward in (False, True):
         send_only(ring, layout, case.attention.pattern, case.transport, *tensors[1:3], backward=backward)
+    _finish(tensors[1].device)
     return time.perf_counter() - began
 
 
@@ -159,8 +165,8 @@ def accuracy(ring: Ring, case: Case) -> dict[str, dict[str, float]] | None:
 
     {"ring": {...}, "one call": {...}} on rank 0, None elsewhere. All ranks must call this together.
     """
-    layout = Layout.zigzag(case.S, ring.size)
-    tensors = _tensors(case)
+    layout, device = Layout.zigzag(case.S, ring.size), device_of(ModelConfig())
+    tensors = [x.to(device) for x in _tensors(case)]
     q, k, v, dout = (layout.shard(x, ring.rank) for x in tensors)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     out = ring_attention(q, k, v, ring=ring, layout=layout, attention=Attention(), transport=case.transport, kernel=case.kernel)
@@ -211,21 +217,31 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _timed(attend: Callable[..., Tensor], tensors: list[Tensor]) -> Times:
     q, k, v, dout = tensors
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    _finish(q.device)
     began = time.perf_counter()
     out = attend(*leaves)
+    _finish(q.device)
     middle = time.perf_counter()
     out.backward(dout)
+    _finish(q.device)
     return middle - began, time.perf_counter() - middle
 
 
-def _meet(ring: Ring) -> None:
+def _meet(ring: Ring, device: torch.device) -> None:
+    _finish(device)
     if ring.group is not None:
         dist.barrier(ring.group)
 
 
-def _slowest(ring: Ring, times: Sequence[tuple[float, ...]]) -> list[Any]:
+def _finish(device: torch.device) -> None:
+    """Wait for what this rank's GPU was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _slowest(ring: Ring, times: Sequence[tuple[float, ...]], device: torch.device) -> list[Any]:
     """Each round as long as its slowest rank took."""
-    found = torch.tensor(times, dtype=torch.float64)
+    found = torch.tensor(times, dtype=torch.float64, device=device)
     if ring.group is not None:
         dist.all_reduce(found, dist.ReduceOp.MAX, ring.group)
     return [tuple(row) for row in found.tolist()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 import types
 
@@ -11,9 +10,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ringctx.kernels import Call, TileScores, choose, flash, flex
+from ringctx.kernels import Call, TileScores, flash
 from ringctx.kernels.flash import GENERATIONS, Flash
-from ringctx.kernels.flex import Flex
 from ringctx.kernels.reference import Reference
 from ringctx.kernels.sdpa import Sdpa
 from tests.unit.tiles import answer, dense, error, problem, tile
@@ -153,64 +151,3 @@ def test_torchs_cuda_flash_kernel_needs_a_gpu_it_fits(monkeypatch):
     assert "compute capability 8.0" in str(Sdpa().why_not(CALL))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert Sdpa().why_not(CALL) is None
-
-
-def test_on_cuda_a_mask_goes_to_flex_and_the_rest_to_the_reference():
-    choose.cache_clear()
-    try:
-        assert choose(Call(device="cuda", dtype=torch.bfloat16, h=4, g=2, d=32, e=32, mask=True, backward=True)).name == "flex"
-        assert choose(Call(device="cuda", dtype=torch.bfloat16, h=4, g=2, d=32, e=32, mask=True, bias=True)).name == "reference"
-    finally:
-        choose.cache_clear()
-
-
-@pytest.mark.filterwarnings("ignore")  # uncompiled flex_attention warns that it is slow
-@pytest.mark.parametrize("kind", ["full", "causal", "batches"])
-def test_flex_reads_every_mask(monkeypatch, kind):
-    from torch.nn.attention.flex_attention import flex_attention
-
-    monkeypatch.setattr(flex, "_flex", lambda: flex_attention)
-    k = 37 if kind in ("causal", "both") else 53
-    p, scores = problem(q=37, k=k, e=48, dtype=torch.float32), tile(kind, 37, k)
-    want = dense(p, scores)
-    for x, y in zip(Flex().forward(p.q, p.k, p.v, scores), want, strict=False):
-        assert error(x, y) < 2e-6
-
-
-def dense_flex(q, k, v, *, block_mask, scale, enable_gqa, return_aux):
-    """What flex_attention computes, differentiable on CPUs; heads first."""
-    times = q.shape[1] // k.shape[1]
-    assert enable_gqa == (times > 1) and return_aux.lse
-    k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
-    logits = q @ k.mT * scale
-    alive = torch.ones(*logits.shape[:-1], 1, dtype=torch.bool)
-    if block_mask is not None:
-        b, h, i, j = (torch.arange(n) for n in logits.shape)
-        seen = block_mask.mask_mod(b[:, None, None, None], h[:, None, None], i[:, None], j).expand(logits.shape)
-        alive = seen.any(-1, keepdim=True)
-        logits = logits.masked_fill(~seen, -math.inf).masked_fill(~alive, 0.0)
-    lse = logits.logsumexp(-1).masked_fill(~alive.squeeze(-1), -math.inf)
-    return logits.softmax(-1) * alive @ v, types.SimpleNamespace(lse=lse)
-
-
-@pytest.mark.parametrize("kind", ["full", "causal", "partial", "heads", "batches"])
-def test_flex_turns_the_rows_gradient_into_the_tiles(monkeypatch, kind):
-    monkeypatch.setattr(flex, "_flex", lambda: dense_flex)
-    k = 37 if kind == "causal" else 53
-    p, scores = problem(q=37, k=k, e=48, dtype=torch.float32), tile(kind, 37, k)
-    for x, y in zip(answer(Flex(), p, scores), dense(p, scores), strict=False):
-        assert error(x, y) < 2e-6
-
-
-def test_flex_gives_a_tile_its_share_of_a_row(monkeypatch):
-    """Keys in two tiles, out and lse of the whole row: the gradients are the whole tile's."""
-    monkeypatch.setattr(flex, "_flex", lambda: dense_flex)
-    p, scores = problem(q=37, k=64, dtype=torch.float32), TileScores(0.3)
-    out, lse, *want = dense(p, scores)
-    parts = [
-        Flex().backward(p.dout, p.q, p.k[:, half], p.v[:, half], out.float(), lse.float(), scores, p.dlse)
-        for half in (slice(0, 32), slice(32, 64))
-    ]
-    got = parts[0][0] + parts[1][0], torch.cat([parts[0][1], parts[1][1]], 1), torch.cat([parts[0][2], parts[1][2]], 1)
-    for x, y in zip(got, want, strict=False):
-        assert error(x, y) < 2e-6

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import types
 
 import pytest
 import torch
@@ -20,10 +19,10 @@ from ringctx.kernels.triton_carried import backward, forward, why_not
 from ringctx.methods.selective import Selective
 from ringctx.patterns import causal, window
 from ringctx.testing import dense, error, errors, golden_inputs
+from tests.unit.machine import Machine
 from tests.virtual import run
 
 triton = pytest.importorskip("triton", reason="Triton is not installed; run `make triton`")
-GPUTarget = triton.backends.compiler.GPUTarget
 
 interpreted = pytest.mark.skipif(why_not("cpu", torch.float32) is not None, reason="Triton's interpreter is off; run `make triton`")
 LIMITS = {torch.float32: 5e-6, torch.float16: 2e-3}
@@ -252,30 +251,6 @@ def test_what_is_not_computed_rightly_is_refused(dtype, reason):
     qkv, ij, rest = arguments(p, slice(0, 5), slice(0, 5))
     with pytest.raises(Unsupported, match=reason):
         forward(*qkv, *ij, torch.zeros(2, 5), *rest)
-
-
-class Machine:
-    """A GPU as Triton sees it, which compiles what is launched and launches nothing."""
-
-    def __init__(self, capability, shared):
-        self.capability, self.kernels = capability, {}
-        self.utils = types.SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": shared},
-            load_binary=lambda name, binary, shared, device: (None, None, 0, 0, 1024),
-        )
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self):
-        return 1000 + self.capability  # Triton keeps what it compiled by this number
-
-    def get_current_stream(self, device):
-        return 0
-
-    def launcher_cls(self, source, metadata):
-        self.kernels[metadata.name] = metadata.shared
-        return lambda *arguments: None
 
 
 @pytest.mark.skipif(why_not("cpu", torch.float32) is None, reason="Triton's interpreter is on, which compiles nothing")
