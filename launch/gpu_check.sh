@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with one or more NVIDIA GPUs: sets up, says what can run, holds every GPU path against float64, measures, and runs the
-# example over all GPUs. All of it is printed and kept in runs/gpu_check.txt, which is what a report of a GPU problem should hold.
+# example over all GPUs. All of it is printed and kept in runs/gpu_check.txt, which is what a report of a GPU problem
+# should hold; runs/gpu_check.xml is for docs/gpu.md (python -m tests.gpu.paths).
 # PYTHON=python3 launch/gpu_check.sh uses that interpreter and what it has installed, and sets nothing up. QUICK=1 measures less.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -25,7 +26,7 @@ PYTHON
     "$PYTHON" -m ringctx doctor
     printf '\n== tests marked gpu\n'
     local status=0
-    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider ${TESTS:---no-header} tests/gpu || status=$?
+    "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -o junit_family=xunit1 --junitxml=runs/gpu_check.xml tests/gpu || status=$?
     printf '\n== measured\n'
     "$PYTHON" -m tests.gpu.measured ${QUICK:+--quick} || status=$?
     printf '\n== the example, one rank a GPU\n'

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from ringctx import RankLost
+from ringctx import Attention, Layout, RankLost
+from ringctx.methods.selective import Selective
+from ringctx.testing import dense, errors
 from tests import virtual
 from tests.cases import TOLERANCE, Case, compare, on_rank, oracle, problem
 from tests.pool import Pool, RankFailed
 from tests.ranks.test_promises import EXACT
 from tests.single import single_call
+from tests.unit.test_triton_carried import of_a_ring
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 HALF_FACTOR = 1.3
@@ -81,6 +84,19 @@ def test_ranks_over_nccl_are_exact(nccl: Pool, name: str) -> None:
 def test_ranks_over_nccl_in_bfloat16(nccl: Pool, name: str) -> None:
     case = dataclasses.replace(PLAIN[name], dtype="bf16")
     assert not wrong(case, nccl.run(on_rank, case, "cuda", size=case.size, fold=case.fold))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x)[6:])
+def test_selective_attention(dtype: torch.dtype) -> None:
+    """The whole of tests/unit/test_triton_carried.py's ring, on one GPU."""
+    attention, layout, make = Attention(carry=Selective()), Layout.zigzag(300, 2), torch.Generator().manual_seed(3)
+    q, k, v, dout, dlse = (torch.randn(1, 300, *shape, generator=make).to(dtype) for shape in ((4, 64), (2, 64), (2, 64), (4, 64), (4,)))
+    whole = [x.cuda() for x in (q, k, v, dout, dlse.float())]
+    parts = virtual.run(of_a_ring, layout, attention, whole, size=2)
+    got = [layout.unshard([x.cpu() for x in part]) for part in zip(*parts, strict=True)]
+    named = dict(zip(("out", "lse", "dq", "dk", "dv"), got, strict=True))
+    found = errors(dense(attention, q, k, v, dout=dout, dlse=dlse.float()), dout=dout, **named)
+    assert max(found.values()) < (5e-6 if dtype == torch.float32 else 2e-2), found
 
 
 def recorded(ring: Any, case: Case) -> tuple[list[Any], list[Any], dict[str, int]]:
