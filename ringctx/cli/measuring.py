@@ -38,6 +38,7 @@ def doctor(as_json: bool) -> int:
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="The median of so many is reported.")
 @click.option("--floors", is_flag=True, help="Time kernels alone and messages alone in every round too, and how much of them is hidden.")
 @click.option("--trace", type=click.Path(path_type=Path), help="A folder for a timeline of each rank, for `ringctx show --trace`.")
+@click.option("--peer", "peers", multiple=True, help="Another library, verified and timed in the same rounds (ringctx[peers]); repeatable.")
 @AS_JSON
 @click.pass_obj
 def bench(
@@ -51,6 +52,7 @@ def bench(
     rounds: int,
     floors: bool,
     trace: Path | None,
+    peers: tuple[str, ...],
     as_json: bool,
 ) -> int:
     """Time the ring against torch's own attention on the same tensors, as docs/results does."""
@@ -66,7 +68,8 @@ def bench(
         given = Selective() if carry == "selective" else None
         asked = itertools.product(lengths or (2048, 4096, 8192), transports or ("rotate", "heads")[: 1 if given else 2], kernels)
         cases = [bench.Case(S, getattr(torch, dtype), transport, kernel=kernel, carry=given) for S, transport, kernel in asked]
-        rows = [row for case in cases if (row := bench.measure(ring, case, rounds, floors=floors, trace=trace)) is not None]
+        beside = [bench.peer(name) for name in peers]
+        rows = [row for case in cases if (row := bench.measure(ring, case, rounds, floors=floors, trace=trace, peers=beside)) is not None]
         if ring.rank == 0:
             click.echo(json.dumps({"rows": bench.as_json(rows)}) if as_json else bench.table(rows))
     return 0
