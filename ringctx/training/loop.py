@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ringctx.config import Config
 from ringctx.config_training import TrainingConfig
-from ringctx.core.header import share
+from ringctx.core.header import agree, share
 from ringctx.core.ring import Ring
 from ringctx.device import peak_memory
+from ringctx.errors import ConfigError
 from ringctx.training import checkpoint
 from ringctx.training.data import Data, Pairs, data_of
 from ringctx.training.job import Job
@@ -49,10 +51,34 @@ class Progressed:
 
 
 def train(config: Config, ring: Ring, make: MakeTrainer = Trainer.of) -> dict[str, Any]:
-    """Train as the configuration says; returns what `--json` prints. All ranks call it together. make: who takes the steps."""
+    """Train as the configuration says; returns what `--json` prints. All ranks call it together. make: who takes the steps.
+
+    Raises ConfigError where another run trains into the same folder.
+    """
     check(config)
-    asked, out = config.training, Path(config.training.out)
+    out = Path(config.training.out)
     out.mkdir(parents=True, exist_ok=True)
+    with _nobody_else(out, ring):
+        return _train(config, ring, make, out)
+
+
+@contextmanager
+def _nobody_else(out: Path, ring: Ring) -> Iterator[None]:
+    lock, problem = FileLock(out / "run.lock"), None
+    if ring.rank == 0:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            problem = ConfigError(f"Another run trains into {out}; wait for it to end, or give training.out another folder.")
+    try:
+        agree(ring, {"what": "train"}, problem)
+        yield
+    finally:
+        lock.release()
+
+
+def _train(config: Config, ring: Ring, make: MakeTrainer, out: Path) -> dict[str, Any]:
+    asked = config.training
     data, job = _made(config, ring, out)
     path, made_from = checkpoint.newest(out), _made_from(config)
     progress, state = Progressed(), None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
@@ -179,6 +180,12 @@ def test_another_run_does_not_go_on_in_its_folder(tmp_path):
     with pytest.raises(ConfigError, match="holds a run with other attention, steps, learning_rate, memory_loss"):
         changed = ("attention.carry.kind=none", "training.memory_loss=0", "training.learning_rate=0.1")
         loop.train(config(tmp_path, *changed), Ring.alone())
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    with FileLock(tmp_path / "run.lock"), pytest.raises(ConfigError, match="Another run trains into .*; wait for it to end"):
+        loop.train(config(tmp_path, "training.steps=2"), Ring.alone())
+    loop.train(config(tmp_path, "training.steps=2"), Ring.alone())
 
 
 def test_it_learns(tmp_path):
