@@ -22,6 +22,7 @@ from ringctx.core.partial import Partial
 from ringctx.core.pattern import CAUSAL, FULL, PARTIAL, Pattern
 from ringctx.core.sums import Sum
 from ringctx.core.tiles import Tile, pieces
+from ringctx.core.together import Several, joined
 from ringctx.kernels.base import Call, Kernel, TileScores, accumulation_dtype
 
 FEW_PAIRS = 16 * 16
@@ -148,7 +149,10 @@ class Work:
                 continue
             q_, k_, v_ = pick(q, group.rows), pick(k, group.keys), pick(v, group.keys)
             total, encoded = of_rows[group.rows], Encoded(group, rows, q_, queries, k_, keys)
-            for tile in self._pieces(rows):
+            several, rest = self._together(group, rows, q_, k_, v_, backward=False)
+            if several is not None:
+                total.rows(*several.at.queries).merge_(*several.forward(encoded, v_))
+            for tile in self._pieces(rest):
                 _, a, b, c, d = tile
                 call, scores = self._tile(group, tile, q_, k_, v_, queries, keys)
                 out, lse = call.forward(*encoded.rows(tile), v_[:, c:d], scores)
@@ -193,7 +197,15 @@ class Work:
             assert dout is not None and q is not None and out is not None and lse is not None
             k_, v_ = pick(k, group.keys), pick(v, group.keys)
             encoded = Encoded(group, some, q, queries, k_, keys)
-            for tile in self._pieces(some):
+            several, rest = self._together(group, some, q, k_, v_, backward=True)
+            if several is not None:
+                (a, b), (c, d) = several.at.queries, several.at.keys
+                parts = several.backward(encoded, v_, dout, out, lse, dlse)
+                of_q, of_k = encoded.grads((FULL, a, b, c, d), parts[0], parts[1])
+                dq.add(of_q, (a, b), group.rows)
+                dk.add(of_k, (c, d), group.keys)
+                dv.add(parts[2], (c, d), group.keys)
+            for tile in self._pieces(rest):
                 _, a, b, c, d = tile
                 kernel, scores = self._tile(group, tile, q, k_, v_, queries, keys, backward=True)
                 more = None if dlse is None else dlse[:, a:b]
@@ -224,6 +236,19 @@ class Work:
         """The tiles, cut small where each builds a tensor of its own size (a bias, a dropout mask)."""
         heavy = self.attention.additive or self.attention.dropout
         return [piece for tile in rows for piece in pieces(tile)] if heavy else rows
+
+    def _together(
+        self, group: HeadGroup, rows: Sequence[Tile], q: Tensor, k: Tensor, v: Tensor, backward: bool
+    ) -> tuple[Several | None, Sequence[Tile]]:
+        """Tiles that the kernel computes in one call, if it does, and those that remain."""
+        if len(rows) < 2 or self.attention.additive or self.attention.elementwise or self.attention.dropout:
+            return None, rows
+        kernel = self.choose(FULL, q, q.shape[2], k.shape[2], v.shape[3], backward)
+        edge = getattr(kernel, "edge", None)
+        if edge is None:
+            return None, rows
+        rectangle, rest = joined(tuple(rows), edge, q.shape[1], k.shape[1])
+        return None if rectangle is None else Several(kernel, rectangle, TileScores(scale_of(self.attention, q.shape[3]))), rest
 
     # -- one tile ---------------------------------------------------------------------------------------------------
 

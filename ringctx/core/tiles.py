@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
 import torch
 
@@ -15,6 +15,7 @@ from ringctx.core.layout import Ranges, count, indices_of, take
 from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Pattern, Verdict
 
 LEAF = 256  # a PARTIAL tile's longest side: larger wastes masked work, smaller pays dispatch (docs/results/recall)
+FINE = 128  # tokens of a side that a leaf keeps where it is cut at a border of blocks or documents
 STRIP = 4  # so many leaves may be one strip: one masked call is quicker than several and their merges
 
 FEW_RANGES = 4  # of keys, judged one by one: the first and the latest, a border, a neighbour's
@@ -62,6 +63,13 @@ class Line:
                 return position
         return a + LEAF * max(1, round((b - a) / (2 * LEAF)))
 
+    def borders(self, a: int, b: int, pattern: Pattern) -> list[int]:
+        """a, perhaps the pattern's border that is nearest to the middle, if both parts keep FINE tokens, and b."""
+        hull, exact = self.hull(a, b)
+        index = pattern.cut(hull) if exact else None
+        cut = a if index is None else a + -(-(index - hull[0]) // hull.step)
+        return [a, cut, b] if a + FINE <= cut <= b - FINE else [a, b]
+
 
 def tiles(pattern: Pattern, q: Ranges, k: Ranges) -> tuple[Tile, ...]:
     """Every tile of queries q times keys k that is not EMPTY, by rows; neighbours that are FULL are made one, and so are strips:
@@ -84,7 +92,7 @@ def _tiles(pattern: Pattern, q: Ranges, k: Ranges) -> tuple[Tile, ...]:
         if verdict == EMPTY:
             continue
         if verdict != PARTIAL or max(b - a, d - c) <= LEAF:
-            found.append((int(verdict), a, b, c, d))
+            found += _resolved((int(verdict), a, b, c, d), pattern, queries, keys)
         elif b - a >= d - c:
             cut = queries.divide(a, b, pattern)
             stack += [(a, cut, c, d), (cut, b, c, d)]
@@ -92,6 +100,26 @@ def _tiles(pattern: Pattern, q: Ranges, k: Ranges) -> tuple[Tile, ...]:
             cut = keys.divide(c, d, pattern)
             stack += [(a, b, c, cut), (a, b, cut, d)]
     return _joined([_cropped(tile, pattern, queries, keys) for tile in _wide(found)])
+
+
+def _resolved(tile: Tile, pattern: Pattern, queries: Line, keys: Line) -> list[Tile]:
+    """A masked tile cut at the pattern's own borders, if that leaves more than half of it without a mask; else the tile."""
+    verdict, a, b, c, d = tile
+    if verdict != PARTIAL:
+        return [tile]
+    rows, columns = queries.borders(a, b, pattern), keys.borders(c, d, pattern)
+    if len(rows) + len(columns) == 4:
+        return [tile]
+    parts, masked = [], 0
+    for (w, x), (y, z) in product(pairwise(rows), pairwise(columns)):
+        q_hull, k_hull = queries.hull(w, x), keys.hull(y, z)
+        part = pattern.judge(q_hull[0], k_hull[0])
+        if part == CAUSAL and not (q_hull[1] and k_hull[1]):
+            part = PARTIAL
+        masked += (x - w) * (z - y) * (part == PARTIAL)
+        if part != EMPTY:
+            parts.append((int(part), w, x, y, z))
+    return parts if 2 * masked < (b - a) * (d - c) else [tile]
 
 
 def _wide(found: list[Tile]) -> list[Tile]:

@@ -49,6 +49,10 @@ class TileScores:
     keep: Callable[[], Tensor] | None = None
 
 
+Tile = tuple[bool, int, int, int, int]
+"""Part of a rectangle: (is causal, else whole, first query, end of queries, first key, end of keys)."""
+
+
 @dataclass(frozen=True)
 class Call:
     """The facts on which a kernel accepts or refuses a tile; equal for all tiles of one kind in one call."""
@@ -84,6 +88,7 @@ class Kernel(Protocol):
               -> dq, dk, dv with the shapes of q, k, v, in q's or the accumulation dtype.
     h is a multiple of g; query head n reads key head n // (h // g). No dimension is empty. Inputs may be strided
     anywhere but in their last dim.
+    A kernel that computes many whole and causal tiles of one rectangle in one call has an `edge`, and takes them as `tiles`.
     """
 
     name: str

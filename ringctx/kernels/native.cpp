@@ -30,12 +30,12 @@ constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f, SLACK = 8.0f;
 
 #define INLINE __attribute__((always_inline)) inline
 
-// Numbers, 0 at first, that begin at a multiple of 64 bytes.
+// Numbers, of no value at first, that begin at a multiple of 64 bytes.
 template <typename T>
 struct Numbers {
     size_t size;
     T *at;
-    explicit Numbers(int64_t count) : size(count), at((T *)std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)) { zero(); }
+    explicit Numbers(int64_t count) : size(count), at((T *)std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)) {}
     Numbers(const Numbers &) = delete;
     ~Numbers() { std::free(at); }
     void zero() { std::memset(at, 0, size * sizeof(T)); }
@@ -55,11 +55,21 @@ struct Bias {
     const float *row(int64_t i, int64_t j, int64_t k) const { return at ? at + i * b + j * h + k * s : nullptr; }
 };
 
+static int64_t blocks_of(int64_t rows) { return (rows + EDGE - 1) / EDGE; }
+
+// Which pairs of a block of queries and one of keys are seen: none, all, or those on and below its diagonal.
+enum Seen : uint8_t { NONE, ALL, CUT };
+
 struct Shape {
     int64_t b, s, n, h, g, d, e;
     bool causal;
+    const uint8_t *grid;  // of each block of queries, what it sees of each block of keys; nowhere if that is all, or causal
     float scale;
     Bias bias;
+    Seen seen(int64_t query, int64_t key) const {
+        if (grid) return (Seen)grid[query * blocks_of(n) + key];
+        return !causal || key < query ? ALL : key == query ? CUT : NONE;
+    }
 };
 
 // -- tiles ------------------------------------------------------------------------------------------------------------------
@@ -114,21 +124,51 @@ static void paired(u16 *block, const u16 *from, int64_t stride, int rows) {
         }
 }
 
-// Its transpose as a paired block: columns become rows, two of which lie side by side in memory already.
-static void paired_transpose(u16 *block, const u16 *from, int64_t stride, int rows) {
-    alignas(64) uint32_t out[2][16][16];
-    for (int r = 0; r < EDGE; r++) {
-        alignas(64) uint32_t pairs[16];
-        _mm512_store_si512(pairs, r < rows ? _mm512_loadu_si512(from + r * stride) : _mm512_setzero_si512());
-        for (int i = 0; i < 16; i++) out[r / 16][i][r % 16] = pairs[i];
+// 16 vectors of 16 numbers as the rows of a square -> its columns.
+static INLINE void transpose(__m512 *x) {
+    __m512 y[16];
+    for (int i = 0; i < 16; i += 2) y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]), y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    for (int i = 0; i < 16; i += 4)  // x[i + j]: of each quarter of columns the j-th one, of rows i to i + 3
+        for (int j = 0; j < 2; j++) {
+            const __m512d a = _mm512_castps_pd(y[i + j]), b = _mm512_castps_pd(y[i + 2 + j]);
+            x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int j = 0; j < 4; j++) {
+        const __m512 even = _mm512_shuffle_f32x4(x[j], x[4 + j], 0x88), odd = _mm512_shuffle_f32x4(x[j], x[4 + j], 0xdd);
+        const __m512 even_ = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0x88), odd_ = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0xdd);
+        y[j] = _mm512_shuffle_f32x4(even, even_, 0x88), y[8 + j] = _mm512_shuffle_f32x4(even, even_, 0xdd);
+        y[4 + j] = _mm512_shuffle_f32x4(odd, odd_, 0x88), y[12 + j] = _mm512_shuffle_f32x4(odd, odd_, 0xdd);
     }
-    std::memcpy(block, out, sizeof out);
+    std::memcpy(x, y, sizeof y);
 }
 
-// Its transpose as a plain block.
+// 16 rows of 32 columns, transposed: of each two columns the pairs of all rows.
+static INLINE void transposed_pairs(__m512 *x, const u16 *from, int64_t stride, int rows) {
+    for (int r = 0; r < 16; r++) x[r] = r < rows ? _mm512_loadu_ps(from + r * stride) : _mm512_setzero_ps();
+    transpose(x);
+}
+
+// Up to 32 rows of 32 columns, transposed, as a paired block: columns become rows, two of which lie side by side in memory already.
+static void paired_transpose(u16 *block, const u16 *from, int64_t stride, int rows) {
+    for (int half = 0; half < 2; half++) {
+        __m512 x[16];
+        transposed_pairs(x, from + half * 16 * stride, stride, rows - half * 16);
+        for (int i = 0; i < 16; i++, block += EDGE) _mm512_storeu_ps(block, x[i]);
+    }
+}
+
+// The same as a plain block.
 static void plain_transpose(u16 *block, const u16 *from, int64_t stride, int rows) {
-    for (int r = 0; r < EDGE; r++)
-        for (int c = 0; c < EDGE; c++) block[c * EDGE + r] = r < rows ? from[r * stride + c] : 0;
+    for (int half = 0; half < 2; half++) {
+        __m512 x[16];
+        transposed_pairs(x, from + half * 16 * stride, stride, rows - half * 16);
+        for (int i = 0; i < 16; i++) {
+            u16 *to = block + 2 * i * EDGE + half * 16;
+            const __m512i pairs = _mm512_castps_si512(x[i]);
+            _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(pairs));
+            _mm256_storeu_si256((__m256i *)(to + EDGE), _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+        }
+    }
 }
 
 // All rows of one head (s d) as blocks [block of rows][block of columns], by one of the above.
@@ -137,8 +177,6 @@ static void pack(Pack as, u16 *blocks, const View &x, int64_t b, int64_t h, int6
     for (int64_t r = 0; r < s; r += EDGE)
         for (int64_t c = 0; c < d; c += EDGE, blocks += BLOCK) as(blocks, x.row(b, r, h) + c, x.s, (int)std::min<int64_t>(EDGE, s - r));
 }
-
-static int64_t blocks_of(int64_t rows) { return (rows + EDGE - 1) / EDGE; }
 
 // -- vectors of 16 ----------------------------------------------------------------------------------------------------------------
 
@@ -172,6 +210,15 @@ static INLINE __mmask16 below(int64_t at, int64_t limit) {
     return seen >= 16 ? 0xffff : seen <= 0 ? 0 : (__mmask16)((1u << seen) - 1);
 }
 
+// Runs of 0 to count - 1: a place goes with the one before it where it `joins`. body: what to do with a run's first place and length.
+template <typename Joins, typename Body>
+static INLINE void runs(int count, Joins joins, Body body) {
+    for (int first = 0, next; first < count; first = next) {
+        for (next = first + 1; next < count && joins(next); next++) {}
+        body(first, next - first);
+    }
+}
+
 // -- forward ------------------------------------------------------------------------------------------------------------------------
 
 // 32 rows of queries under way.
@@ -190,14 +237,32 @@ struct Rows {
     }
 };
 
-// One row of scores [block][half][row][16] over `count` blocks of keys -> its weights as plain blocks. seen: keys that the row may see.
+// Blocks of keys that one block of queries sees, out of KEYS neighbours. lanes: of each, the keys there are.
+struct Met {
+    int count = 0;
+    int64_t block[KEYS];
+    uint32_t lanes[KEYS];
+    bool cut[KEYS];
+    Met(const Shape &of, int64_t query, int64_t first) {
+        for (int64_t key = first; key < std::min(first + KEYS, blocks_of(of.n)); key++) {
+            const Seen seen = of.seen(query, key);
+            if (seen == NONE) continue;
+            const int64_t rest = of.n - key * EDGE;
+            block[count] = key, cut[count] = seen == CUT, lanes[count++] = rest < EDGE ? (1u << rest) - 1 : ~0u;
+        }
+    }
+};
+
+// Row r of scores [block][half][row][16] -> its weights as plain blocks. bias: of the row, or nowhere.
 // A row that has seen no key yet has weights of its own, which the first one that it sees takes to 0.
-static INLINE void weigh(Rows &rows, const float *scores, u16 *weights, int r, int count, float scale, int64_t seen, const float *bias) {
+static INLINE void weigh(Rows &rows, const float *scores, u16 *weights, int r, const Met &met, float scale, const float *bias) {
+    const int count = met.count;
     __m512 y[2 * KEYS], largest = _mm512_set1_ps(UNSEEN);
     for (int i = 0; i < 2 * count; i++) {
-        const __mmask16 here = below(i * 16, seen);
+        const uint32_t lanes = met.cut[i / 2] ? met.lanes[i / 2] & (uint32_t)((2ull << r) - 1) : met.lanes[i / 2];
+        const __mmask16 here = (__mmask16)(lanes >> i % 2 * 16);
         y[i] = _mm512_mask_mul_ps(_mm512_set1_ps(UNSEEN), here, _mm512_load_ps(scores + i * 512 + r * 16), _mm512_set1_ps(scale));
-        if (bias) y[i] = biased(y[i], _mm512_maskz_loadu_ps(here, bias + i * 16));
+        if (bias) y[i] = biased(y[i], _mm512_maskz_loadu_ps(here, bias + met.block[i / 2] * EDGE + i % 2 * 16));
         largest = _mm512_max_ps(largest, y[i]);
     }
     __m512 sum = _mm512_load_ps(rows.sum + r * 16);
@@ -234,28 +299,27 @@ struct Forward {
     Rows rows[QUERIES];
 };
 
-
 // Query blocks `first` to `last` of one head: k paired by columns, v paired by rows, as `pack` leaves them.
 static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first,
                    int64_t last) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
     for (int64_t u = first; u < last; u++) at.rows[u - first].begin(q, b, u * EDGE, h, of.s, of.d);
-    const int64_t end = of.causal ? std::min(of.n, last * EDGE) : of.n;
-    for (int64_t key = 0; key < end; key += KEYS * EDGE)
+    const int64_t end = of.causal && !of.grid ? std::min(blocks_of(of.n), last) : blocks_of(of.n);
+    for (int64_t key = 0; key < end; key += KEYS)
         for (int64_t u = first; u < last; u++) {
+            const Met met(of, u, key);
+            if (!met.count) continue;
             Rows &rows = at.rows[u - first];
-            const int64_t seen = (of.causal ? std::min(of.n, (u + 1) * EDGE) : of.n) - key;
-            const int count = (int)std::min<int64_t>(KEYS, blocks_of(std::max<int64_t>(seen, 0)));
-            const u16 *keys = k + key * of.d, *values = v + key * of.e;
-            for (int t = 0; t < count; t++) multiply(at.scores + t * BLOCK, rows.q, BLOCK, keys + t * wide * BLOCK, BLOCK, wide, false);
-            for (int64_t r = 0; count && r < EDGE; r++) {
-                const float *bias = of.bias.row(b, h, std::min(u * EDGE + r, of.s - 1));
-                const int64_t end = of.causal ? std::min(of.n, u * EDGE + r + 1) : of.n;
-                weigh(rows, at.scores, at.weights, (int)r, count, of.scale * LOG2E, end - key, bias ? bias + key : nullptr);
-            }
+            for (int i = 0; i < met.count; i++)
+                multiply(at.scores + i * BLOCK, rows.q, BLOCK, k + met.block[i] * wide * BLOCK, BLOCK, wide, false);
+            for (int64_t r = 0; r < EDGE; r++)
+                weigh(rows, at.scores, at.weights, (int)r, met, of.scale * LOG2E, of.bias.row(b, h, std::min(u * EDGE + r, of.s - 1)));
             if (rows.shrinks) shrink(rows, of.e);
-            for (int c = 0; count && c < tall; c++)
-                multiply(rows.out + c * BLOCK, at.weights, BLOCK, values + c * BLOCK, tall * BLOCK, count, true);
+            runs(met.count, [&](int i) { return i == 0 || met.block[i] == met.block[i - 1] + 1; }, [&](int i, int count) {
+                for (int c = 0; c < tall; c++)
+                    multiply(rows.out + c * BLOCK, at.weights + i * BLOCK, BLOCK, v + (met.block[i] * tall + c) * BLOCK, tall * BLOCK, count,
+                             true);
+            });
         }
 }
 
@@ -273,13 +337,14 @@ static void finish(const Rows &rows, const Shape &of, int64_t b, int64_t h, int6
 
 // -- backward -----------------------------------------------------------------------------------------------------------------------
 
-// One head of queries, packed: q and dout as right factors both ways, lse in base 2 and delta along the columns of transposed scores.
+// One head of queries, packed: q and dout as right factors both ways, lse in base 2 and delta along the columns of transposed scores;
+// and one of keys. dq: sums, transposed, [block of queries][block of columns].
 struct Packed {
-    Numbers<u16> q_by_columns, q_by_rows, dout_by_columns, dout_by_rows;
-    Numbers<float> lse, delta, dq;  // dq: sums, transposed, [block of queries][block of columns]
-    Packed(int64_t rows, int64_t d, int64_t e)
-        : q_by_columns(rows * d), q_by_rows(rows * d), dout_by_columns(rows * e), dout_by_rows(rows * e), lse(rows), delta(rows),
-          dq(rows * d) {}
+    Numbers<u16> q_by_columns, q_by_rows, dout_by_columns, dout_by_rows, k, k_transposed, v;
+    Numbers<float> lse, delta, dq, dk, dv;
+    Packed(int64_t rows, int64_t keys, int64_t d, int64_t e)
+        : q_by_columns(rows * d), q_by_rows(rows * d), dout_by_columns(rows * e), dout_by_rows(rows * e), k(keys * d),
+          k_transposed(keys * d), v(keys * e), lse(rows), delta(rows), dq(rows * d), dk(keys * d), dv(keys * e) {}
 };
 
 struct Backward {
@@ -323,37 +388,40 @@ static const float *transposed_bias(Backward &at, const Shape &of, int64_t b, in
 }
 
 // Blocks of keys from `key`, of queries from `query`, SQUARE of each: their part of dq and of dk, dv.
-static void square(Backward &at, const Shape &of, Packed &x, const u16 *k, const u16 *k_transposed, const u16 *v, float *dk, float *dv,
-                   int64_t b, int64_t h, int64_t key, int64_t query) {
+static void square(Backward &at, const Shape &of, Packed &x, int64_t b, int64_t h, int64_t key, int64_t query) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
     const int keys = (int)std::min<int64_t>(SQUARE, blocks_of(of.n) - key);
     const int queries = (int)std::min<int64_t>(SQUARE, blocks_of(of.s) - query);
+    Seen seen[SQUARE][SQUARE];
     for (int i = 0; i < keys; i++)
-        for (int j = of.causal ? (int)std::max<int64_t>(0, key + i - query) : 0; j < queries; j++) {
+        for (int j = 0; j < queries; j++) {
             const int64_t u = query + j;
             const int to = (i * SQUARE + j) * BLOCK;
-            multiply(at.scores, k + (key + i) * wide * BLOCK, BLOCK, x.q_by_columns.at + u * wide * BLOCK, BLOCK, wide, false);
-            multiply(at.slopes, v + (key + i) * tall * BLOCK, BLOCK, x.dout_by_columns.at + u * tall * BLOCK, BLOCK, tall, false);
+            seen[i][j] = of.seen(u, key + i);
+            if (seen[i][j] == NONE) continue;
+            multiply(at.scores, x.k.at + (key + i) * wide * BLOCK, BLOCK, x.q_by_columns.at + u * wide * BLOCK, BLOCK, wide, false);
+            multiply(at.slopes, x.v.at + (key + i) * tall * BLOCK, BLOCK, x.dout_by_columns.at + u * tall * BLOCK, BLOCK, tall, false);
             differentiate(at.scores, at.slopes, x.lse.at + u * EDGE, x.delta.at + u * EDGE, of.scale, at.weights + to, at.plain_ds + to,
-                          at.paired_ds + to, of.causal && key + i == u, transposed_bias(at, of, b, h, key + i, u));
+                          at.paired_ds + to, seen[i][j] == CUT, transposed_bias(at, of, b, h, key + i, u));
         }
-    for (int i = 0; i < keys; i++) {
-        const int j = of.causal ? (int)std::max<int64_t>(0, key + i - query) : 0, count = queries - j, from = (i * SQUARE + j) * BLOCK;
-        if (count <= 0) continue;
-        for (int c = 0; c < tall; c++)
-            multiply(dv + ((key + i) * tall + c) * BLOCK, at.weights + from, BLOCK, x.dout_by_rows.at + ((query + j) * tall + c) * BLOCK,
-                     tall * BLOCK, count, true);
-        for (int c = 0; c < wide; c++)
-            multiply(dk + ((key + i) * wide + c) * BLOCK, at.plain_ds + from, BLOCK, x.q_by_rows.at + ((query + j) * wide + c) * BLOCK,
-                     wide * BLOCK, count, true);
-    }
-    for (int j = 0; j < queries; j++) {
-        const int count = of.causal ? (int)std::min<int64_t>(keys, query + j - key + 1) : keys;
-        if (count <= 0) continue;
-        for (int c = 0; c < wide; c++)
-            multiply(x.dq.at + ((query + j) * wide + c) * BLOCK, k_transposed + (key * wide + c) * BLOCK, wide * BLOCK,
-                     at.paired_ds + j * BLOCK, SQUARE * BLOCK, count, true);
-    }
+    for (int i = 0; i < keys; i++)
+        runs(queries, [&](int j) { return !seen[i][j] == !seen[i][j - 1]; }, [&](int j, int count) {
+            if (!seen[i][j]) return;
+            const int from = (i * SQUARE + j) * BLOCK;
+            for (int c = 0; c < tall; c++)
+                multiply(x.dv.at + ((key + i) * tall + c) * BLOCK, at.weights + from, BLOCK, x.dout_by_rows.at + ((query + j) * tall + c) * BLOCK,
+                         tall * BLOCK, count, true);
+            for (int c = 0; c < wide; c++)
+                multiply(x.dk.at + ((key + i) * wide + c) * BLOCK, at.plain_ds + from, BLOCK, x.q_by_rows.at + ((query + j) * wide + c) * BLOCK,
+                         wide * BLOCK, count, true);
+        });
+    for (int j = 0; j < queries; j++)
+        runs(keys, [&](int i) { return !seen[i][j] == !seen[i - 1][j]; }, [&](int i, int count) {
+            if (!seen[i][j]) return;
+            for (int c = 0; c < wide; c++)
+                multiply(x.dq.at + ((query + j) * wide + c) * BLOCK, x.k_transposed.at + ((key + i) * wide + c) * BLOCK, wide * BLOCK,
+                         at.paired_ds + (i * SQUARE + j) * BLOCK, SQUARE * BLOCK, count, true);
+        });
 }
 
 // Sums [block of rows][block of columns][half][row][16] -> rows of a contiguous (b s h d).
@@ -365,21 +433,25 @@ static void unpack(float *to, int64_t stride, const float *sums, int64_t rows, i
         }
 }
 
+// Transposed sums, likewise.
 static void unpack_transposed(float *to, int64_t stride, const float *sums, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < width; c++)
-            to[r * stride + c] = sums[(r / EDGE * (width / EDGE) + c / EDGE) * BLOCK + r % EDGE / 16 * 512 + c % EDGE * 16 + r % 16];
+    for (int64_t r = 0; r < rows; r += 16)
+        for (int64_t c = 0; c < width; c += 16) {
+            const float *part = sums + (r / EDGE * (width / EDGE) + c / EDGE) * BLOCK + r % EDGE / 16 * 512 + c % EDGE * 16;
+            __m512 x[16];
+            for (int i = 0; i < 16; i++) x[i] = _mm512_load_ps(part + i * 16);
+            transpose(x);
+            for (int64_t i = 0; i < std::min<int64_t>(16, rows - r); i++) _mm512_storeu_ps(to + (r + i) * stride + c, x[i]);
+        }
 }
 
 // One key head of one sequence, and all query heads that share it.
-static void differentiate_head(Backward &at, const Shape &of, const View &q, const View &k, const View &v, const View &dout,
+static void differentiate_head(Backward &at, Packed &x, const Shape &of, const View &q, const View &k, const View &v, const View &dout,
                                const float *lse, const float *delta, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
-    const int64_t rows = blocks_of(of.n) * EDGE, share = of.h / of.g;
-    Numbers<u16> keys(rows * of.d), transposed(rows * of.d), values(rows * of.e);
-    Numbers<float> sums_k(rows * of.d), sums_v(rows * of.e);
-    pack(plain, keys.at, k, b, g, of.n, of.d), pack(plain_transpose, transposed.at, k, b, g, of.n, of.d);
-    pack(plain, values.at, v, b, g, of.n, of.e);
-    Packed x(blocks_of(of.s) * EDGE, of.d, of.e);
+    const int64_t share = of.h / of.g;
+    pack(plain, x.k.at, k, b, g, of.n, of.d), pack(plain_transpose, x.k_transposed.at, k, b, g, of.n, of.d);
+    pack(plain, x.v.at, v, b, g, of.n, of.e);
+    x.dk.zero(), x.dv.zero();
     for (int64_t h = g * share; h < (g + 1) * share; h++) {
         pack(paired_transpose, x.q_by_columns.at, q, b, h, of.s, of.d), pack(paired, x.q_by_rows.at, q, b, h, of.s, of.d);
         pack(paired_transpose, x.dout_by_columns.at, dout, b, h, of.s, of.e), pack(paired, x.dout_by_rows.at, dout, b, h, of.s, of.e);
@@ -390,12 +462,11 @@ static void differentiate_head(Backward &at, const Shape &of, const View &q, con
         }
         x.dq.zero();
         for (int64_t key = 0; key < blocks_of(of.n); key += SQUARE)
-            for (int64_t query = of.causal ? key : 0; query < blocks_of(of.s); query += SQUARE)
-                square(at, of, x, keys.at, transposed.at, values.at, sums_k.at, sums_v.at, b, h, key, query);
+            for (int64_t query = of.causal && !of.grid ? key : 0; query < blocks_of(of.s); query += SQUARE) square(at, of, x, b, h, key, query);
         unpack_transposed(dq + (b * of.s * of.h + h) * of.d, of.h * of.d, x.dq.at, of.s, of.d);
     }
-    unpack(dk + (b * of.n * of.g + g) * of.d, of.g * of.d, sums_k.at, of.n, of.d);
-    unpack(dv + (b * of.n * of.g + g) * of.e, of.g * of.e, sums_v.at, of.n, of.e);
+    unpack(dk + (b * of.n * of.g + g) * of.d, of.g * of.d, x.dk.at, of.n, of.d);
+    unpack(dv + (b * of.n * of.g + g) * of.e, of.g * of.e, x.dv.at, of.n, of.e);
 }
 
 // -- what Python calls --------------------------------------------------------------------------------------------------------------
@@ -405,11 +476,11 @@ extern "C" {
 // Whether this process may use AMX.
 int ringctx_permitted() { return permitted(); }
 
-// sizes: b s n h g d e causal. strides: of q, k, v, bias (b h s), three each; bias may be null.
+// sizes: b s n h g d e causal. strides: of q, k, v, bias (b h s), three each; bias and grid (blocks of s, blocks of n) may be null.
 // out (b s h e) and lse (b s h), contiguous fp32.
-void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const int64_t *strides, const int64_t *sizes, float scale,
-                     int threads, float *out, float *lse) {
-    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, scale,
+void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const int64_t *strides,
+                     const int64_t *sizes, float scale, int threads, float *out, float *lse) {
+    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, grid, scale,
                    {bias, strides[9], strides[10], strides[11]}};
     const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]};
     const View v_{v, strides[6], strides[7], strides[8]};
@@ -436,10 +507,10 @@ void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias
 
 // strides: of q, k, v, bias, dout. lse and delta (b s h), dq (b s h d), dk (b n g d), dv (b n g e), contiguous fp32.
 // A thread takes a key head of a sequence at a time.
-void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const u16 *dout, const int64_t *strides,
-                      const float *lse, const float *delta, const int64_t *sizes, float scale, int threads, float *dq, float *dk,
-                      float *dv) {
-    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, scale,
+void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const u16 *dout,
+                      const int64_t *strides, const float *lse, const float *delta, const int64_t *sizes, float scale, int threads, float *dq,
+                      float *dk, float *dv) {
+    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, grid, scale,
                    {bias, strides[9], strides[10], strides[11]}};
     const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]};
     const View v_{v, strides[6], strides[7], strides[8]}, dout_{dout, strides[12], strides[13], strides[14]};
@@ -447,9 +518,10 @@ void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bia
     {
         const Registers registers;
         const std::unique_ptr<Backward> at(new Backward);
+        Packed packed(blocks_of(of.s) * EDGE, blocks_of(of.n) * EDGE, of.d, of.e);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < of.b * of.g; i++)
-            differentiate_head(*at, of, q_, k_, v_, dout_, lse, delta, dq, dk, dv, i / of.g, i % of.g);
+            differentiate_head(*at, packed, of, q_, k_, v_, dout_, lse, delta, dq, dk, dv, i / of.g, i % of.g);
     }
 }
 }

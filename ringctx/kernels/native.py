@@ -13,14 +13,14 @@ import os
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ringctx.kernels.base import Call, TileScores
+from ringctx.kernels.base import Call, Tile, TileScores
 from ringctx.kernels.sdpa import Sdpa, additive_mask
 from ringctx.kernels.tricks import is_empty, no_gradient, nothing_seen, require_square, rows_of_lse, unit_stride
 
@@ -38,10 +38,12 @@ log = logging.getLogger("ringctx.kernels")
 class Native:
     """Tiles in bfloat16, any mask or bias as one tensor to add; out, lse and gradients in fp32. See Kernel for the shapes.
 
+    tiles: if given, nothing else of the rectangle is seen; their borders are multiples of `edge` but at the tensors' ends.
     Fewer than EDGE queries, as while decoding, go to aten's kernel, which packs nothing.
     """
 
     name = "native"
+    edge = EDGE
 
     def __init__(self) -> None:
         self._few = Sdpa()
@@ -61,22 +63,23 @@ class Native:
         return library()[1]
 
     @torch.no_grad()
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, tiles: tuple[Tile, ...] | None = None) -> tuple[Tensor, Tensor]:
         require_square(q, k, scores)
         if is_empty(q, k, v):
             return nothing_seen(q, v)
         if q.shape[1] < EDGE:
             return self._few.forward(q, k, v, scores)
-        given, bias = [unit_stride(x) for x in (q, k, v)], _bias(q, k, scores)
+        given, bias, grid = [unit_stride(x) for x in (q, k, v)], _bias(q, k, scores), _grid(q, k, tiles)
         out, lse = (q.new_empty(*q.shape[:3], *tail, dtype=torch.float32) for tail in ((v.shape[3],), ()))
         sizes = _sizes(q, k, v, scores, bias)
-        _call("ringctx_forward", *given, bias, _strides(*given, bias), sizes, scores.scale, torch.get_num_threads(), out, lse)
+        _call("ringctx_forward", *given, bias, grid, _strides(*given, bias), sizes, scores.scale, torch.get_num_threads(), out, lse)
         return out, lse
 
     @torch.no_grad()
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: TileScores, dlse: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: TileScores, dlse: Tensor | None = None,
+        tiles: tuple[Tile, ...] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         require_square(q, k, scores)
         if is_empty(q, k, v):
             return no_gradient(q, k, v)
@@ -86,10 +89,11 @@ class Native:
         if dlse is not None:
             delta -= dlse
         given, dout, bias = [unit_stride(x) for x in (q, k, v)], unit_stride(dout.to(q.dtype)), _bias(q, k, scores)
+        grid = _grid(q, k, tiles)
         grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
         rows = rows_of_lse(lse).float().contiguous()
         _call(
-            *("ringctx_backward", *given, bias, dout, _strides(*given, bias, dout), rows, delta.contiguous()),
+            *("ringctx_backward", *given, bias, grid, dout, _strides(*given, bias, dout), rows, delta.contiguous()),
             *(_sizes(q, k, v, scores, bias), scores.scale, torch.get_num_threads(), *grads),
         )
         dq, dk, dv = grads
@@ -113,6 +117,22 @@ def _bias(q: Tensor, k: Tensor, scores: TileScores) -> Tensor | None:
     """Mask, bias and, beside them, causality as one tensor to add (b h q k), whose equal batches and heads lie in memory once; or None."""
     found = additive_mask(q, k, scores)
     return None if found is None else unit_stride(found.expand(q.shape[0], q.shape[2], -1, -1))
+
+
+def _grid(q: Tensor, k: Tensor, tiles: tuple[Tile, ...] | None) -> Tensor | None:
+    return None if tiles is None else _marked(tiles, -(-q.shape[1] // EDGE), -(-k.shape[1] // EDGE))
+
+
+@lru_cache(maxsize=64)
+def _marked(tiles: tuple[Tile, ...], num_queries: int, num_keys: int) -> Tensor:
+    """Of each block of queries and of keys, what is seen: 0 nothing, 1 all, 2 the causal half. Kept, since a model's layers ask alike."""
+    grid = torch.zeros(num_queries, num_keys, dtype=torch.uint8)
+    for is_causal, *borders in tiles:
+        a, b, c, d = (-(-border // EDGE) for border in borders)
+        part = grid[a:b, c:d].fill_(1)
+        if is_causal:
+            part.tril_().diagonal().fill_(2)
+    return grid
 
 
 def _strides(*tensors: Tensor | None) -> Any:

@@ -14,6 +14,7 @@ from ringctx.errors import ConfigError
 from ringctx.kernels import native
 from ringctx.kernels.base import Call, TileScores
 from ringctx.kernels.native import Native
+from ringctx.kernels.reference import Reference
 from ringctx.kernels.registry import choose
 
 CALL = Call("cpu", torch.bfloat16, 4, 2, 64, 64)
@@ -193,3 +194,38 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(native, "_compile", lambda *_: "compiled again")
     assert native.library()[1] is None
     native.library.cache_clear()
+
+
+TILES = {
+    "zigzag": (512, 512, ((True, 0, 256, 0, 256), (False, 256, 512, 0, 256), (True, 256, 512, 256, 512))),
+    "blocks of 32": (
+        160,
+        320,
+        tuple((False, a, a + 32, c, c + 32) for a in range(0, 160, 32) for c in range(0, 320, 32) if (a + 3 * c) % 5),
+    ),
+    "odd ends": (333, 301, ((False, 0, 96, 288, 301), (False, 96, 333, 0, 64), (False, 320, 333, 256, 301), (True, 128, 160, 96, 128))),
+    "a row that sees nothing": (128, 128, ((True, 32, 64, 32, 64), (False, 96, 128, 0, 128))),
+}
+
+
+@HERE
+@pytest.mark.parametrize("heads", [(2, 2, 64, 64), (4, 2, 32, 96)], ids=["plain", "shared"])
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_of_a_rectangle_in_one_call(name: str, heads: tuple[int, ...]) -> None:
+    s, n, tiles = TILES[name]
+    q, k, v, dout, dlse = drawn(2, s, n, *heads)
+    seen = torch.zeros(s, n, dtype=torch.bool)
+    for is_causal, a, b, c, d in tiles:
+        seen[a:b, c:d] = torch.ones(b - a, d - c, dtype=torch.bool).tril() if is_causal else True
+    scores = TileScores(q.shape[3] ** -0.5)
+    masked = replace(scores, mask=lambda: seen)
+    out, lse = Native().forward(q, k, v, scores, tiles)
+    want, want_lse = Reference().forward(*(x.double() for x in (q, k, v)), masked)
+    blind = ~seen.any(-1)
+    assert torch.equal(lse.isneginf(), want_lse.isneginf()) and not out[:, blind].any()
+    assert off(out, want) < 2.5e-3 and off(lse[:, ~blind], want_lse[:, ~blind]) < 1e-5
+    whole, rows = out.bfloat16(), lse.masked_fill(lse.isneginf(), 0.0)
+    got = Native().backward(dout, q, k, v, whole, rows, scores, dlse, tiles)
+    exact = Reference().backward(*(x.double() for x in (dout, q, k, v, whole)), rows.double(), masked, dlse.double())
+    for x, y in zip(got, exact, strict=True):
+        assert x.shape == y.shape and off(x, y) < 4e-3
