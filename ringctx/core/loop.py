@@ -15,8 +15,9 @@ from ringctx.core.layout import Ranges
 from ringctx.core.plan import Plan, Visit
 from ringctx.core.ring import Ring
 from ringctx.core.sums import Sum
-from ringctx.core.tiles import Tile, area
+from ringctx.core.tiles import Tile, area, cut_rows
 from ringctx.core.transport import Homeward, visits
+from ringctx.kernels.base import accumulation_dtype
 
 
 def forward(work: Work, plan: Plan, ring: Ring, queries: Ranges, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,11 +46,11 @@ def backward(
 ) -> tuple[Sum, Sum, Sum]:
     """dq (b s h d), dk (b n g d), dv (b n g e) as sums; the params' gradients are left in work.
 
-    Home tiles are computed in two halves, so that the first keys and the last gradients travel under work.
+    Home tiles are computed in two parts, so that the first keys and the last gradients travel under work; each as long as its messages.
     """
     rows = (dout.to(q.dtype), q, out, lse.masked_fill(lse == -torch.inf, 0.0), dlse)
     dq, dk, dv = Sum(q), Sum(k), Sum(v)
-    first, second = halves(plan.home) if plan.hops else (plan.home.tiles, None)
+    first, second = divided(plan.home, early(q.dtype)) if plan.hops else (plan.home.tiles, None)
     homeward = Homeward(plan, ring, (dk, dv))
     for number, present in visits(plan, ring, (k, v)):
         if number == 0:
@@ -69,13 +70,20 @@ def backward(
     return dq, dk, dv
 
 
-def halves(home: Visit) -> tuple[tuple[tuple[Tile, ...], ...], tuple[tuple[Tile, ...], ...]]:
-    """The tiles of each head group in two parts of about equal work."""
+def early(dtype: torch.dtype) -> float:
+    """The share of home that is computed before the first hop of backward: as keys' bytes are to those of keys and gradients."""
+    return dtype.itemsize / (dtype.itemsize + accumulation_dtype(dtype).itemsize)
+
+
+def divided(home: Visit, share: float) -> tuple[tuple[tuple[Tile, ...], ...], tuple[tuple[Tile, ...], ...]]:
+    """The tiles of each head group in two parts, the first of about this share of the work."""
     parts = []
     for rows in home.tiles:
-        seen, at = 0, 0
-        while at < len(rows) and seen < area(rows) / 2:
-            seen += area(rows[at : at + 1])
-            at += 1
-        parts.append((rows[:at], rows[at:]))
+        left, first, second = share * area(rows), list[Tile](), list[Tile]()
+        for tile in rows:
+            above, below = cut_rows(tile, max(left, 0.0))
+            first += above
+            second += below
+            left -= area(tuple(above))
+        parts.append((tuple(first), tuple(second)))
     return tuple(a for a, _ in parts), tuple(b for _, b in parts)

@@ -5,6 +5,7 @@ Knows patterns and indices. Knows nothing of ranks or kernels. A tile is given i
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate, pairwise, product
@@ -178,6 +179,19 @@ def pieces(tile: Tile, side: int = 1024) -> list[Tile]:
                 kind = FULL if verdict == CAUSAL and y - c < x - a else verdict
                 cut.append((int(kind), x, min(x + side, b), y, min(y + side, d)))
     return cut
+
+
+def cut_rows(tile: Tile, pairs: float) -> tuple[list[Tile], list[Tile]]:
+    """The tile above and below a row, with about so many pairs above; whole leaves, and a masked tile stays whole."""
+    verdict, a, b, c, d = tile
+    rows = math.sqrt(2 * pairs) if verdict == CAUSAL else pairs / (d - c)
+    at = a + LEAF * round(rows / LEAF) if verdict != PARTIAL and b - a > LEAF else b if 2 * rows >= b - a else a
+    if at <= a or at >= b:
+        return ([], [tile]) if at <= a else ([tile], [])
+    if verdict == CAUSAL:
+        e = c + at - a
+        return [(verdict, a, at, c, e)], [(int(FULL), at, b, c, e), (verdict, at, b, e, d)]
+    return [(verdict, a, at, c, d)], [(verdict, at, b, c, d)]
 
 
 def area(rows: tuple[Tile, ...]) -> int:

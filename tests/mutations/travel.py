@@ -110,6 +110,22 @@ TRAVEL = (
         exact("uneven"),
     ),
     Mutation(
+        "square_below_the_cut",
+        CORE + "tiles.py",
+        "[(int(FULL), at, b, c, e), (verdict, at, b, e, d)]",
+        "[(verdict, at, b, e, d)]",
+        "a causal tile that is cut for backward loses the square below the cut",
+        unit("loop", "test_home_is_divided_by_its_share_and_loses_nothing"),
+    ),
+    Mutation(
+        "beside_the_rectangle",
+        CORE + "together.py",
+        "for verdict, a, b, c, d in plain)), tuple(rest)",
+        "for verdict, a, b, c, d in plain)), ()",
+        "tiles that do not fit a kernel's call of many are forgotten",
+        unit("together", "test_the_rectangle_holds_what_fits_and_the_rest_remains"),
+    ),
+    Mutation(
         "third_block",
         CORE + "transport.py",
         "arriving, pending = _post(plan, ring, number + 1, tensors, held)",

@@ -36,9 +36,11 @@ def test_two_ranks_by_hand() -> None:
 
 def test_backward_of_two_ranks_by_hand() -> None:
     made = plans(full(), Layout.contiguous(200, 2))
-    times = backward(made, costs(Link(0.0, 100 / 0.004)))  # keys 0.004 under half of home, gradients 0.008 over the other half
-    assert times.total == pytest.approx(0.005 + 0.01 + 0.008)
-    assert times.computing == pytest.approx((0.02, 0.02)) and times.exposed == pytest.approx((0.003, 0.003))
+    times = backward(made, costs(Link(0.0, 100 / 0.004)))  # keys 0.004 over a third of home, gradients 0.008 over the rest
+    assert times.total == pytest.approx(0.004 + 0.01 + 0.008)
+    assert times.computing == pytest.approx((0.02, 0.02)) and times.exposed == pytest.approx((0.002, 0.002))
+    hidden = backward(made, costs(Link(0.0, 100 / (0.01 / 3))))
+    assert hidden.total == pytest.approx(0.02) and max(hidden.exposed) < 1e-9
 
 
 def test_what_takes_the_core_is_not_hidden() -> None:

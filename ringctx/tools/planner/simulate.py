@@ -111,13 +111,13 @@ def forward(plans: Sequence[Plan], costs: Costs) -> Times:
 
 
 def backward(plans: Sequence[Plan], costs: Costs) -> Times:
-    """Of `loop.backward`: home is computed in halves, before the first hop and after the last."""
+    """Of `loop.backward`: home is computed in two parts, before the first hop and after the last, as long as their messages."""
     clocks, hops = _Clocks(len(plans), costs), _hops(plans)
     ranks = range(len(plans))
     coming = _post(clocks, hops, 0, costs.keys)
-    half = 0.5 if hops else 1.0
+    early = costs.keys / (costs.keys + costs.grads) if hops else 1.0
     for rank, plan in enumerate(plans):
-        _compute(clocks, rank, half * costs.work(rank, plan.home), coming[rank])
+        _compute(clocks, rank, early * costs.work(rank, plan.home), coming[rank])
     homeward: list[float] = [0.0 for _ in ranks]
     for number in range(len(hops)):
         _arrive(clocks, coming)
@@ -130,7 +130,7 @@ def backward(plans: Sequence[Plan], costs: Costs) -> Times:
         homeward = clocks.arrivals(posted, [hop.grads_receive for hop in hops[number]], send, costs.grads)
     if hops:
         for rank, plan in enumerate(plans):
-            _compute(clocks, rank, (1 - half) * costs.work(rank, plan.home), homeward[rank])
+            _compute(clocks, rank, (1 - early) * costs.work(rank, plan.home), homeward[rank])
     _arrive(clocks, homeward)
     return clocks.times()
 

@@ -1,0 +1,37 @@
+"""Backward's two parts of home: all tiles, once, in the shares that are asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ringctx import Layout
+from ringctx.core.loop import divided, early
+from ringctx.core.pattern import CAUSAL
+from ringctx.core.plan import make_plan
+from ringctx.core.tiles import area
+from ringctx.patterns import causal, full, window
+
+
+def test_the_first_part_is_as_long_as_keys_are_to_all_that_travels():
+    assert [early(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [1 / 3, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("share", [0.0, 1 / 3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("pattern", [causal(), causal() & window(300), full()], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+def test_home_is_divided_by_its_share_and_loses_nothing(layout, pattern, share):
+    made = getattr(Layout, layout)(6000, 2)
+    home = make_plan((pattern,), made, made, 1, "rotate").home
+    marks = []
+    for rows in zip(*divided(home, share), strict=True):
+        count = torch.zeros(3000, 3000, dtype=torch.int8)
+        for tile in (*rows[0], *rows[1]):
+            verdict, a, b, c, d = tile
+            count[a:b, c:d] += torch.ones(b - a, d - c, dtype=torch.int8).tril() if verdict == CAUSAL else 1
+        marks.append(count)
+        assert area(rows[0]) / sum(map(area, rows)) == pytest.approx(share, abs=0.1)
+    whole = torch.zeros(3000, 3000, dtype=torch.int8)
+    for verdict, a, b, c, d in home.tiles[0]:
+        whole[a:b, c:d] += torch.ones(b - a, d - c, dtype=torch.int8).tril() if verdict == CAUSAL else 1
+    assert torch.equal(marks[0], whole)
