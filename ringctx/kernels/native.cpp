@@ -24,7 +24,7 @@
 using u16 = uint16_t;
 constexpr int EDGE = 32, BLOCK = EDGE * EDGE;   // of a block, in numbers
 constexpr int WIDEST = 256 / EDGE;              // blocks across the widest head
-constexpr int KEYS = 8, QUERIES = 4;            // blocks of keys that forward takes at once; of queries that share them
+constexpr int KEYS = 8, QUERIES = 4;            // blocks of keys that forward takes at once, at most; of queries that share them
 constexpr int SQUARE = 4;                       // blocks along the edge of what backward takes at once
 constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f, SLACK = 8.0f;
 
@@ -66,6 +66,7 @@ struct Shape {
     const uint8_t *grid;  // of each block of queries, what it sees of each block of keys; nowhere if that is all, or causal
     float scale;
     Bias bias;
+    int keys_at_once() const { return d + e > 128 ? KEYS : KEYS / 2; }  // measured: wider heads want longer sums, narrow ones the first cache
     Seen seen(int64_t query, int64_t key) const {
         if (grid) return (Seen)grid[query * blocks_of(n) + key];
         return !causal || key < query ? ALL : key == query ? CUT : NONE;
@@ -180,11 +181,11 @@ static void pack(Pack as, u16 *blocks, const View &x, int64_t b, int64_t h, int6
 
 // -- vectors of 16 ----------------------------------------------------------------------------------------------------------------
 
-// 2^y to about 2e-6; 0 far below.
+// 2^y to 3e-6, by the polynomial of degree 4 whose largest relative error is least; 0 far below.
 static INLINE __m512 exp2_of(__m512 y) {
     const __m512 whole = _mm512_roundscale_ps(y, 8), x = _mm512_sub_ps(y, whole);
-    __m512 p = _mm512_set1_ps(1.3333558e-3f);
-    for (float c : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f}) p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(c));
+    __m512 p = _mm512_set1_ps(9.57010195e-3f);
+    for (float c : {5.59178616e-2f, 2.40247448e-1f, 6.93121815e-1f, 9.99999261e-1f}) p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(c));
     return _mm512_scalef_ps(p, whole);
 }
 
@@ -237,14 +238,15 @@ struct Rows {
     }
 };
 
-// Blocks of keys that one block of queries sees, out of KEYS neighbours. lanes: of each, the keys there are.
+// Blocks of keys that one block of queries sees, out of some neighbours. lanes: of each, the keys there are.
 struct Met {
     int count = 0;
     int64_t block[KEYS];
     uint32_t lanes[KEYS];
     bool cut[KEYS];
+    Met() {}
     Met(const Shape &of, int64_t query, int64_t first) {
-        for (int64_t key = first; key < std::min(first + KEYS, blocks_of(of.n)); key++) {
+        for (int64_t key = first; key < std::min(first + of.keys_at_once(), blocks_of(of.n)); key++) {
             const Seen seen = of.seen(query, key);
             if (seen == NONE) continue;
             const int64_t rest = of.n - key * EDGE;
@@ -253,18 +255,23 @@ struct Met {
     }
 };
 
-// Row r of scores [block][half][row][16] -> its weights as plain blocks. bias: of the row, or nowhere.
+// Row r of scores [block][half][row][16] -> its weights as plain blocks. bias: of the row, or nowhere. PLAIN: there is none, and the scale
+// is positive, so that the largest can be found before scores are scaled.
 // A row that has seen no key yet has weights of its own, which the first one that it sees takes to 0.
+template <bool PLAIN>
 static INLINE void weigh(Rows &rows, const float *scores, u16 *weights, int r, const Met &met, float scale, const float *bias) {
     const int count = met.count;
-    __m512 y[2 * KEYS], largest = _mm512_set1_ps(UNSEEN);
+    const __m512 hidden = _mm512_set1_ps(PLAIN ? UNSEEN / scale : UNSEEN), scales = _mm512_set1_ps(scale);
+    __m512 y[2 * KEYS], largest = hidden;
     for (int i = 0; i < 2 * count; i++) {
         const uint32_t lanes = met.cut[i / 2] ? met.lanes[i / 2] & (uint32_t)((2ull << r) - 1) : met.lanes[i / 2];
         const __mmask16 here = (__mmask16)(lanes >> i % 2 * 16);
-        y[i] = _mm512_mask_mul_ps(_mm512_set1_ps(UNSEEN), here, _mm512_load_ps(scores + i * 512 + r * 16), _mm512_set1_ps(scale));
-        if (bias) y[i] = biased(y[i], _mm512_maskz_loadu_ps(here, bias + met.block[i / 2] * EDGE + i % 2 * 16));
+        const __m512 score = _mm512_load_ps(scores + i * 512 + r * 16);
+        y[i] = PLAIN ? _mm512_mask_mov_ps(hidden, here, score) : _mm512_mask_mul_ps(hidden, here, score, scales);
+        if (!PLAIN && bias) y[i] = biased(y[i], _mm512_maskz_loadu_ps(here, bias + met.block[i / 2] * EDGE + i % 2 * 16));
         largest = _mm512_max_ps(largest, y[i]);
     }
+    if (PLAIN) largest = _mm512_mul_ps(largest, scales);
     __m512 sum = _mm512_load_ps(rows.sum + r * 16);
     if (__builtin_expect(_mm512_cmp_ps_mask(largest, _mm512_set1_ps(rows.largest[r] + SLACK), _CMP_GT_OQ), 0)) {
         const float now = _mm512_reduce_max_ps(largest), shrink = std::exp2(rows.largest[r] - now);
@@ -273,7 +280,8 @@ static INLINE void weigh(Rows &rows, const float *scores, u16 *weights, int r, c
     }
     const __m512 unit = _mm512_set1_ps(rows.largest[r]);
     for (int i = 0; i < 2 * count; i += 2) {
-        const __m512 low = exp2_of(_mm512_sub_ps(y[i], unit)), high = exp2_of(_mm512_sub_ps(y[i + 1], unit));
+        const auto above = [&](__m512 x) { return PLAIN ? _mm512_fmsub_ps(x, scales, unit) : _mm512_sub_ps(x, unit); };
+        const __m512 low = exp2_of(above(y[i])), high = exp2_of(above(y[i + 1]));
         sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
         _mm512_store_si512(weights + i / 2 * BLOCK + r * EDGE, halves(low, high));
     }
@@ -293,41 +301,81 @@ static void shrink(Rows &rows, int64_t e) {
     rows.shrinks = false;
 }
 
+// One block of queries and neighbouring keys that it meets. at: which of two places its scores and weights have.
+struct Meeting {
+    int64_t query;
+    Met met;
+    int at;
+};
+
+// The meetings of query blocks `first` to `last`, some keys for all of them before the next keys.
+struct Meetings {
+    const Shape &of;
+    const int64_t first, last, end;
+    int64_t query = first, key = 0;
+    int at = 0;
+    bool next(Meeting &found) {
+        for (; key < end; key += of.keys_at_once(), query = first)
+            for (; query < last; query++) {
+                found = {query, Met(of, query, key), at};
+                if (!found.met.count) continue;
+                query++, at = 1 - at;
+                return true;
+            }
+        return false;
+    }
+};
+
 struct Forward {
-    alignas(64) float scores[KEYS * BLOCK];
-    alignas(64) u16 weights[KEYS * BLOCK];
+    alignas(64) float scores[2][KEYS * BLOCK];
+    alignas(64) u16 weights[2][KEYS * BLOCK];
     Rows rows[QUERIES];
 };
 
 // Query blocks `first` to `last` of one head: k paired by columns, v paired by rows, as `pack` leaves them.
+// While one meeting is weighed, the one before is multiplied with its values and the next one with its keys: AMX and AVX-512 take turns
+// so often that they work at once.
 static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first,
                    int64_t last) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
     for (int64_t u = first; u < last; u++) at.rows[u - first].begin(q, b, u * EDGE, h, of.s, of.d);
-    const int64_t end = of.causal && !of.grid ? std::min(blocks_of(of.n), last) : blocks_of(of.n);
-    for (int64_t key = 0; key < end; key += KEYS)
-        for (int64_t u = first; u < last; u++) {
-            const Met met(of, u, key);
-            if (!met.count) continue;
-            Rows &rows = at.rows[u - first];
-            for (int i = 0; i < met.count; i++)
-                multiply(at.scores + i * BLOCK, rows.q, BLOCK, k + met.block[i] * wide * BLOCK, BLOCK, wide, false);
-            for (int64_t r = 0; r < EDGE; r++)
-                weigh(rows, at.scores, at.weights, (int)r, met, of.scale * LOG2E, of.bias.row(b, h, std::min(u * EDGE + r, of.s - 1)));
-            if (rows.shrinks) shrink(rows, of.e);
-            runs(met.count, [&](int i) { return i == 0 || met.block[i] == met.block[i - 1] + 1; }, [&](int i, int count) {
-                for (int c = 0; c < tall; c++)
-                    multiply(rows.out + c * BLOCK, at.weights + i * BLOCK, BLOCK, v + (met.block[i] * tall + c) * BLOCK, tall * BLOCK, count,
-                             true);
-            });
+    Meetings meetings{of, first, last, of.causal && !of.grid ? std::min(blocks_of(of.n), last) : blocks_of(of.n)};
+    const auto score = [&](const Meeting &x, int i) {
+        multiply(at.scores[x.at] + i * BLOCK, at.rows[x.query - first].q, BLOCK, k + x.met.block[i] * wide * BLOCK, BLOCK, wide, false);
+    };
+    const auto collect = [&](const Meeting &x, int c) {
+        runs(x.met.count, [&](int i) { return x.met.block[i] == x.met.block[i - 1] + 1; }, [&](int i, int count) {
+            multiply(at.rows[x.query - first].out + c * BLOCK, at.weights[x.at] + i * BLOCK, BLOCK, v + (x.met.block[i] * tall + c) * BLOCK,
+                     tall * BLOCK, count, true);
+        });
+    };
+    Meeting before, now, next;
+    bool is_before = false, is_now = meetings.next(now);
+    for (int i = 0; is_now && i < now.met.count; i++) score(now, i);
+    while (is_now) {
+        const bool is_next = meetings.next(next);
+        const int old = is_before ? tall : 0, products = old + (is_next ? next.met.count : 0);
+        Rows &rows = at.rows[now.query - first];
+        for (int64_t r = 0, done = 0; r < EDGE; r++) {
+            for (; done * EDGE < products * (r + 1); done++) done < old ? collect(before, (int)done) : score(next, (int)done - old);
+            const float *bias = of.bias.row(b, h, std::min(now.query * EDGE + r, of.s - 1));
+            const float *scores = at.scores[now.at];
+            if (bias || of.scale <= 0)
+                weigh<false>(rows, scores, at.weights[now.at], (int)r, now.met, of.scale * LOG2E, bias);
+            else
+                weigh<true>(rows, scores, at.weights[now.at], (int)r, now.met, of.scale * LOG2E, bias);
         }
+        if (rows.shrinks) shrink(rows, of.e);
+        before = now, now = next, is_before = true, is_now = is_next;
+    }
+    for (int c = 0; is_before && c < tall; c++) collect(before, c);
 }
 
 // out (b s h e) and lse (b s h) of these rows, both contiguous.
 static void finish(const Rows &rows, const Shape &of, int64_t b, int64_t h, int64_t u, float *out, float *lse) {
     for (int64_t r = 0; r < std::min<int64_t>(EDGE, of.s - u * EDGE); r++) {
         const int64_t row = (b * of.s + u * EDGE + r) * of.h + h;
-        const bool blind = rows.largest[r] == UNSEEN;
+        const bool blind = rows.largest[r] < UNSEEN / 2;
         const float sum = _mm512_reduce_add_ps(_mm512_load_ps(rows.sum + r * 16)), share = blind ? 0.0f : 1.0f / sum;
         for (int64_t c = 0; c < of.e; c += 16)
             _mm512_storeu_ps(out + row * of.e + c, _mm512_mul_ps(_mm512_load_ps(rows.out + c / 16 * 512 + r * 16), _mm512_set1_ps(share)));
