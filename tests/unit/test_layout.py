@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ringctx import Attention, Layout, LayoutError
+from ringctx.core import balance
 from ringctx.core.layout import count, join, ranges_of, take
 from ringctx.patterns import causal, documents, window
 
@@ -134,3 +135,14 @@ def test_a_balanced_layout_loads_all_ranks_alike():
         work = [sum(area(tiles(pattern, layout.spans[p], layout.spans[o])) for o in range(4)) for p in range(4)]
         loads[name] = max(work) * 4 / sum(work)
     assert loads["balanced"] < 1.15 < loads["contiguous"]
+
+
+def test_blocks_are_exchanged_until_that_helps_no_more():
+    cost = {0: 9, 1: 8, 2: 1, 3: 1, 4: 6, 5: 2}
+    owned = [[range(1), range(1, 2)], [range(2, 3), range(3, 4)], [range(4, 5), range(5, 6)]]
+    load = [sum(cost[b.start] for b in blocks) for blocks in owned]
+    steps = 0
+    while balance._exchange(owned, load, cost):
+        steps += 1
+        assert load == [sum(cost[b.start] for b in blocks) for blocks in owned]
+    assert steps and max(load) == 10 and sorted(b.start for blocks in owned for b in blocks) == list(range(6))

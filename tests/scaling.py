@@ -1,0 +1,81 @@
+"""`python -m tests.scaling`: processor time a token from 1 to 8 ranks, and memory a call takes besides its tensors, as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from ringctx import Attention, Layout, Ring, ring_attention
+from ringctx import patterns as p
+from tests.pool import Pool
+from tests.training_memory import highest, resident
+
+HEADS, WIDTH = 8, 64
+HEADS_OF_TABLE = """| ranks | window 1,024, as many tokens a rank: CPU ms a 1,000 tokens | causal, as many tokens in all: CPU ms a call |
+|---|---|---|"""
+
+
+def call(ring: Ring, tokens: int, attention: Attention, dtype: torch.dtype) -> None:
+    """Forward and backward of this rank's share of zeros and ones."""
+    layout = Layout.zigzag(tokens, ring.size)
+    make = torch.Generator().manual_seed(ring.rank)
+    *x, dout = (torch.randn(1, layout.count(ring.rank), HEADS, WIDTH, generator=make).to(dtype) for _ in range(4))
+    x = [one.requires_grad_() for one in x]
+    out = ring_attention(*x, ring=ring, layout=layout, attention=attention)
+    torch.autograd.grad(out, x, dout)
+
+
+def processor_seconds(ring: Ring, tokens: int, window: int, dtype: str, rounds: int) -> list[float]:
+    """Of this rank, each round."""
+    torch.set_num_threads(1)
+    attention, found = Attention(p.causal() & p.window(window) if window else p.causal()), []
+    for _ in range(rounds + 1):
+        began = time.process_time()
+        call(ring, tokens, attention, getattr(torch, dtype))
+        found.append(time.process_time() - began)
+    return found[1:]
+
+
+def extra_memory(ring: Ring, tokens: int, dtype: str) -> float:
+    """Megabytes at the peak of the second call over what the process held before it with the call's own tensors."""
+    torch.set_num_threads(1)
+    layout, kind = Layout.zigzag(tokens, ring.size), getattr(torch, dtype)
+    *x, dout = (torch.randn(1, layout.count(ring.rank), HEADS, WIDTH).to(kind) for _ in range(4))
+    x = [one.requires_grad_() for one in x]
+    peaks = []
+    for _ in range(2):
+        before = resident()
+        Path("/proc/self/clear_refs").write_text("5")
+        out = ring_attention(*x, ring=ring, layout=layout, attention=Attention())
+        torch.autograd.grad(out, x, dout)
+        peaks.append((highest() - before) / 1e6)
+        del out
+    return peaks[0]
+
+
+@click.command()
+@click.option("--tokens", default=2048, show_default=True, help="A rank, or in all where causal.")
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+def main(tokens: int, dtype: str, rounds: int) -> None:
+    """Measure."""
+    with Pool(ring_timeout=120.0, first=8) as pool:
+        click.echo(HEADS_OF_TABLE)
+        for size in (1, 2, 4, 8):
+            cells = []
+            for window, whole in ((1024, tokens * size), (0, 8 * tokens)):
+                ranks = pool.run(processor_seconds, whole, window, dtype, rounds, size=size, timeout=900.0)
+                total = statistics.median(map(sum, zip(*ranks, strict=True)))
+                cells.append(1000 * total / (whole / 1000 if window else 1))
+            click.echo(f"| {size} | {cells[0]:.2f} | {cells[1]:.0f} |")
+    with Pool(ring_timeout=120.0, first=2) as pool:
+        found = pool.run(extra_memory, 8192, dtype, size=2)
+        click.echo(f"\nMemory besides the tensors, 8,192 tokens on 2 ranks, causal, forward and backward: {max(found):.0f} MB a rank")
+
+
+if __name__ == "__main__":
+    main()
