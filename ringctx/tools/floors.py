@@ -55,6 +55,11 @@ def send_only(ring: Ring, layout: Layout, pattern: Pattern, transport: str, k: T
     homeward.finish()
 
 
-def exposed(timeline: Timeline) -> float:
-    """Seconds that posting and waiting for what carries attention took, and nothing hid."""
-    return sum(one.posting.seconds + one.waiting.seconds for one in timeline.journeys() if one.kind in MOVED)
+def exposed(timeline: Timeline) -> tuple[float, float]:
+    """Seconds that posting and waiting for what carries attention took, and nothing hid: in calls forward, and in those backward."""
+    found = dict.fromkeys(("forward", "backward"), 0.0)
+    for what, call in timeline.calls():
+        for one in timeline.journeys():
+            if one.kind in MOVED and what in found and call.began <= one.posting.began <= call.ended:
+                found[what] += one.posting.seconds + one.waiting.seconds
+    return found["forward"], found["backward"]

@@ -69,9 +69,12 @@ def measured(ring: Ring, transport: str, folder: str) -> Any:
 
 def test_bench_puts_floors_beside_the_call(pool: Pool, tmp_path: Path) -> None:
     rotate, none = pool.run(measured, "rotate", str(tmp_path), size=2)
-    assert none is None and rotate.floors.kernels_ms > 0 and rotate.floors.messages_ms > 0 and rotate.floors.hidden <= 1
+    assert none is None
+    for floor in (rotate.floors.forward, rotate.floors.backward, rotate.floors.both):
+        assert floor.kernels_ms > 0 and floor.messages_ms > 0 and floor.hidden <= 1 and floor.over_larger > 0
+    assert rotate.floors.both.exposed_ms >= max(rotate.floors.forward.exposed_ms, rotate.floors.backward.exposed_ms) > 0
     heads, _ = pool.run(measured, "heads", str(tmp_path), size=2)
-    assert heads.floors.messages_ms is None and heads.floors.hidden is None
+    assert heads.floors.both.messages_ms is None and heads.floors.both.hidden is None
     lines = bench.table([rotate, heads]).splitlines()
-    assert len({line.count("|") for line in lines}) == 1 and "kernels alone ms" in lines[0]
+    assert len({line.count("|") for line in lines}) == 1 and "both: kernels, messages" in lines[0]
     assert {path.name for path in tmp_path.iterdir()} == {"rank-0.trace.json", "rank-1.trace.json"}

@@ -35,9 +35,10 @@ from ringctx.tools.show.timelines import save
 
 
 @dataclass(frozen=True)
-class Floors:
-    """Milliseconds (medians, the slowest rank's) of forward + backward: with messages that are there at once; of the messages alone, None
-    where more than keys travels; that messages cost in the call. efficiency: kernels over the call. hidden: 1 - exposed over messages.
+class Floor:
+    """Milliseconds (medians, the slowest rank's): with messages that are there at once; of the messages alone, None where more than keys
+    travels; that messages cost in the call. efficiency: kernels over the call. hidden: 1 - exposed over messages. over_larger: call
+    over the larger of kernels and messages.
     """
 
     kernels_ms: float
@@ -45,6 +46,16 @@ class Floors:
     exposed_ms: float
     efficiency: float
     hidden: float | None
+    over_larger: float | None
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Of forward, of backward, and of both."""
+
+    forward: Floor
+    backward: Floor
+    both: Floor
 
 
 @dataclass(frozen=True)
@@ -97,9 +108,9 @@ def measure(
             ours.append(timed(attend, mine))
         meet(ring, device)
         if floors:
-            kernels = sum(timed(silent, mine))
+            kernels = timed(silent, mine)
             meet(ring, device)
-            below.append((kernels, _messages(ring, case, layout, mine), exposed(timeline), sum(ours[-1])))
+            below.append((*kernels, *_messages(ring, case, layout, mine), *exposed(timeline), *ours[-1]))
             meet(ring, device)
         if case.carry:
             anchors.append(timed(plain, mine))
@@ -120,27 +131,37 @@ def measure(
     return _row(case, ring.size, slowest_of_ours, anchors, found, tuple(other.beside(times, anchors) for other, times in told))
 
 
-def _messages(ring: Ring, case: Case, layout: Layout, tensors: list[Tensor]) -> float:
-    """Seconds of the messages alone; not a number where more than keys travels."""
+def _messages(ring: Ring, case: Case, layout: Layout, tensors: list[Tensor]) -> Times:
+    """Seconds of the messages alone, of forward and of backward; not numbers where more than keys travels."""
     if case.transport not in ("rotate", "fetch", "gather"):
-        return math.nan
-    began = time.perf_counter()
+        return math.nan, math.nan
+    moments = [time.perf_counter()]
     for backward in (False, True):
         send_only(ring, layout, case.attention.pattern, case.transport, *tensors[1:3], backward=backward)
-    finish(tensors[1].device)
-    return time.perf_counter() - began
+        finish(tensors[1].device)
+        moments.append(time.perf_counter())
+    return moments[1] - moments[0], moments[2] - moments[1]
 
 
 def _floors(rounds: list[tuple[float, ...]]) -> Floors:
-    kernels, messages, shown, whole = (list(column) for column in zip(*rounds, strict=True))
+    """rounds: kernels, messages, exposed and the call, of each forward and backward."""
+    columns = list(zip(*rounds, strict=True))
+    ways = [columns[::2], columns[1::2]]
+    ways.append([tuple(a + b for a, b in zip(*pair, strict=True)) for pair in zip(*ways, strict=True)])
+    return Floors(*(_floor(*way) for way in ways))
+
+
+def _floor(kernels: Sequence[float], messages: Sequence[float], shown: Sequence[float], whole: Sequence[float]) -> Floor:
     ms = lambda seconds: round(1000 * statistics.median(seconds), 1)
+    ratio = lambda a, b: round(statistics.median(x / y for x, y in zip(a, b, strict=True)), 3)
     known = not math.isnan(messages[0])
-    return Floors(
+    return Floor(
         kernels_ms=ms(kernels),
         messages_ms=ms(messages) if known else None,
         exposed_ms=ms(shown),
-        efficiency=round(statistics.median(k / w for k, w in zip(kernels, whole, strict=True)), 3),
-        hidden=round(1 - statistics.median(s / m for s, m in zip(shown, messages, strict=True)), 3) if known else None,
+        efficiency=ratio(kernels, whole),
+        hidden=round(1 - ratio(shown, messages), 3) if known else None,
+        over_larger=ratio(whole, list(map(max, kernels, messages))) if known else None,
     )
 
 

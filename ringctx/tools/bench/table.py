@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from ringctx.tools.bench.beside import Beside
-from ringctx.tools.bench.measure import Row
+from ringctx.tools.bench.measure import Floor, Row
 
 
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     heads = ["case", "S", "ranks", "dtype", "forward ms, anchor", "backward ms, anchor", "efficiency forward", "forward + backward"]
     if any(row.floors for row in rows):
-        heads += ["kernels alone ms", "of it", "messages alone ms", "exposed ms", "hidden"]
+        heads += [f"{way}: kernels, messages, exposed ms; efficiency, hidden, over the larger" for way in ("forward", "backward", "both")]
     lines = [cells for row in rows for cells in (_cells(row), *(_peer_cells(row, peer) for peer in row.peers))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *lines))
 
@@ -21,10 +21,14 @@ def _cells(r: Row) -> list[str]:
     times = f"{r.forward_ms}, {r.anchor_forward_ms}", f"{r.backward_ms}, {r.anchor_backward_ms}"
     cells = [r.name, str(r.S), str(r.ranks), r.dtype, *times, f"{r.efficiency_forward:.2f}", f"**{r.efficiency:.2f}**"]
     if r.floors is not None:
-        f = r.floors
-        messages = ["", str(f.exposed_ms), ""] if f.hidden is None else [str(f.messages_ms), str(f.exposed_ms), f"{f.hidden:.0%}"]
-        cells += [str(f.kernels_ms), f"{f.efficiency:.2f}", *messages]
+        cells += map(_floor_cell, (r.floors.forward, r.floors.backward, r.floors.both))
     return cells
+
+
+def _floor_cell(f: Floor) -> str:
+    messages, hidden, larger = ("-" if x is None else text.format(x) for x, text in
+                                ((f.messages_ms, "{:.1f}"), (f.hidden, "{:.0%}"), (f.over_larger, "{:.2f}")))  # fmt: skip
+    return f"{f.kernels_ms}, {messages}, {f.exposed_ms}; {f.efficiency:.2f}, {hidden}, {larger}"
 
 
 def _peer_cells(r: Row, peer: Beside) -> list[str]:
