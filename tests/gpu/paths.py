@@ -68,7 +68,7 @@ PATHS = (
         "core/ (header, ring, transport, plan, compute)",
         "one loop for CPUs and GPUs: NCCL's batches, two communicators, waits with a deadline",
         {
-            "same code on CPUs": (f"{RANKS}promises.py",),
+            "same code on CPUs": (f"{RANKS}promises.py", f"{RANKS}fake_worlds.py"),
             "on a GPU": (
                 *(f"{RINGS}{name}" for name in ("virtual_ranks", "ranks_over_nccl")),
                 f"{RINGS}a_rank_that_does_not_come_is_missed",
