@@ -32,6 +32,7 @@ def doctor(as_json: bool) -> int:
 @click.option("--ranks", type=click.IntRange(min=1), help="Ranks to start on this machine, of one thread each; 2 by default.")
 @click.option("--length", "lengths", type=click.IntRange(min=1), multiple=True, help="Tokens in the sequence; may be repeated.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--width", type=click.IntRange(min=1), default=64, show_default=True, help="Of each of the 8 heads.")
 @click.option("--transport", "transports", multiple=True, help="rotate and heads by default, with a carry rotate; may be repeated.")
 @click.option("--carry", type=click.Choice(["none", "selective"]), default="none", help="Time a carry against the same ring without.")
 @click.option("--kernel", "kernels", multiple=True, default=("auto",), show_default=True, help="Of the ring; may be repeated.")
@@ -46,6 +47,7 @@ def bench(
     ranks: int | None,
     lengths: tuple[int, ...],
     dtype: str,
+    width: int,
     transports: tuple[str, ...],
     carry: str,
     kernels: tuple[str, ...],
@@ -67,7 +69,7 @@ def bench(
         torch.set_num_threads(1)
         given = Selective() if carry == "selective" else None
         asked = itertools.product(lengths or (2048, 4096, 8192), transports or ("rotate", "heads")[: 1 if given else 2], kernels)
-        cases = [bench.Case(S, getattr(torch, dtype), transport, kernel=kernel, carry=given) for S, transport, kernel in asked]
+        cases = [bench.Case(S, getattr(torch, dtype), transport, d=width, kernel=kernel, carry=given) for S, transport, kernel in asked]
         beside = [bench.peer(name) for name in peers]
         rows = [row for case in cases if (row := bench.measure(ring, case, rounds, floors=floors, trace=trace, peers=beside)) is not None]
         if ring.rank == 0:
