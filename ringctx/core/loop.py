@@ -76,7 +76,9 @@ def early(dtype: torch.dtype) -> float:
 
 
 def divided(home: Visit, share: float) -> tuple[tuple[tuple[Tile, ...], ...], tuple[tuple[Tile, ...], ...]]:
-    """The tiles of each head group in two parts, the first of about this share of the work."""
+    """The tiles of each head group in two parts, the first of about this share of the work, and of one tile at least: gradients that come
+    home are added to what is there.
+    """
     parts = []
     for rows in home.tiles:
         left, first, second = share * area(rows), list[Tile](), list[Tile]()
@@ -85,5 +87,7 @@ def divided(home: Visit, share: float) -> tuple[tuple[tuple[Tile, ...], ...], tu
             first += above
             second += below
             left -= area(tuple(above))
+        if not first:
+            first, second = second[:1], second[1:]
         parts.append((tuple(first), tuple(second)))
     return tuple(a for a, _ in parts), tuple(b for _, b in parts)

@@ -36,6 +36,7 @@ def test_torchs_own_context_parallelism_is_timed_beside_the_ring(pool: Pool) -> 
     assert bench.as_json([row])[0]["peers"][0]["name"] == "torch_context_parallel"
 
 
+@pytest.mark.slow  # it compiles something of its own first
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_deepspeeds_ulysses_is_right(pool: Pool) -> None:
     row, _ = pool.run(rows, ("deepspeed_ulysses",), size=2, timeout=300.0)

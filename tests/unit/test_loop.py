@@ -17,7 +17,7 @@ def test_the_first_part_is_as_long_as_keys_are_to_all_that_travels():
     assert [early(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [1 / 3, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("share", [0.0, 1 / 3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("share", [1 / 3, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("pattern", [causal(), causal() & window(300), full()], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
 def test_home_is_divided_by_its_share_and_loses_nothing(layout, pattern, share):
@@ -35,3 +35,10 @@ def test_home_is_divided_by_its_share_and_loses_nothing(layout, pattern, share):
     for verdict, a, b, c, d in home.tiles[0]:
         whole[a:b, c:d] += torch.ones(b - a, d - c, dtype=torch.int8).tril() if verdict == CAUSAL else 1
     assert torch.equal(marks[0], whole)
+
+
+def test_the_first_part_is_never_empty():
+    layout = Layout.contiguous(96, 2)
+    home = make_plan((causal() & window(40),), layout, layout, 1, "rotate").home
+    first, second = divided(home, 1 / 3)
+    assert first == home.tiles and second == ((),)
