@@ -39,6 +39,23 @@ def store(X, x, batch, at, count, head, HEADS, WIDTH, WIDE: tl.constexpr):
 
 
 @jit
+def load_rows(t, batch, rows, head):
+    """q, dout, lse and delta of one query head of tile t."""
+    at = (batch * t.num_queries + rows) * t.H + head
+    q = load(t.Q, batch, rows, t.num_queries, head, t.H, t.D, t.WIDE_D)
+    dout = load(t.DOUT, batch, rows, t.num_queries, head, t.H, t.E, t.WIDE_E)
+    exist = rows < t.num_queries
+    return q, dout, tl.load(t.LSE + at, mask=exist, other=0.0), tl.load(t.DELTA + at, mask=exist, other=0.0)
+
+
+@jit
+def load_keys(t, batch, cols, head):
+    """k and v of one key head of tile t."""
+    k = load(t.K, batch, cols, t.num_keys, head, t.G, t.D, t.WIDE_D)
+    return k, load(t.V, batch, cols, t.num_keys, head, t.G, t.E, t.WIDE_E)
+
+
+@jit
 def span(block, SIZE: tl.constexpr):
     """Places of this block's tokens in the tile; 64 bits, since what is computed of them may pass 2^31."""
     return tl.arange(0, SIZE).to(tl.int64) + block * SIZE

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ringctx.errors import Unsupported
 from ringctx.kernels.tricks import is_empty, nothing_seen
-from ringctx.kernels.triton_blocks import jit, load, places, products, span, triton, why_not, wide
+from ringctx.kernels.triton_blocks import jit, load, load_keys, load_rows, places, products, span, triton, why_not, wide
 
 if triton:
     import triton.language as tl
@@ -63,23 +63,6 @@ def _add(X, x, batch, at, count, head, HEADS, WIDTH, WIDE: tl.constexpr):
     """Add x (at, WIDE) to these tokens of one head of X, which no other program touches meanwhile."""
     where, exist = places(X, batch, at, count, head, HEADS, WIDTH, WIDE)
     tl.store(where, tl.load(where, mask=exist, other=0.0) + x, mask=exist)
-
-
-@jit
-def _load_rows(t, batch, rows, head):
-    """q, dout, lse and delta of one query head."""
-    at = (batch * t.num_queries + rows) * t.H + head
-    q = load(t.Q, batch, rows, t.num_queries, head, t.H, t.D, t.WIDE_D)
-    dout = load(t.DOUT, batch, rows, t.num_queries, head, t.H, t.E, t.WIDE_E)
-    exist = rows < t.num_queries
-    return q, dout, tl.load(t.LSE + at, mask=exist, other=0.0), tl.load(t.DELTA + at, mask=exist, other=0.0)
-
-
-@jit
-def _load_keys(t, batch, cols, head):
-    """k and v of one key head."""
-    k = load(t.K, batch, cols, t.num_keys, head, t.G, t.D, t.WIDE_D)
-    return k, load(t.V, batch, cols, t.num_keys, head, t.G, t.E, t.WIDE_E)
 
 
 @jit
@@ -140,7 +123,7 @@ def _attend(t: Tile, REACH, OUT, LSE):
     for c in range(tl.cdiv(tl.load(REACH + block), t.COLS)):
         cols = span(c, t.COLS)
         penalty = _penalty(t, _given(t, batch, rows, cols), batch, block, cols)
-        k, v = _load_keys(t, batch, cols, head // (t.H // t.G))
+        k, v = load_keys(t, batch, cols, head // (t.H // t.G))
         logits = tl.where(_seen(t, batch, head, rows, cols), products(q, k) * t.scale - penalty, float("-inf"))
         higher = tl.maximum(highest, tl.max(logits, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher)  # a row that saw nothing yet must not subtract -inf from -inf
@@ -166,8 +149,8 @@ def _penalty_grads(t, batch, rows, cols, penalty):
     """dF: minus dA of all heads."""
     total = tl.zeros((t.ROWS, t.COLS), tl.float32)
     for head in range(t.H):
-        q, dout, lse, delta = _load_rows(t, batch, rows, head)
-        k, v = _load_keys(t, batch, cols, head // (t.H // t.G))
+        q, dout, lse, delta = load_rows(t, batch, rows, head)
+        k, v = load_keys(t, batch, cols, head // (t.H // t.G))
         _, dlogits = _grads(t, q, k, v, dout, lse, delta, _seen(t, batch, head, rows, cols), penalty)
         total -= dlogits
     return total
@@ -225,12 +208,12 @@ def _queries_back(t: Tile, REACH, DQ):
     """One block of rows of one head walks the keys that it reaches: dq by way of its own logits."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = span(block, t.ROWS)
-    q, dout, lse, delta = _load_rows(t, batch, rows, head)
+    q, dout, lse, delta = load_rows(t, batch, rows, head)
     dq = tl.zeros((t.ROWS, t.WIDE_D), tl.float32)
     for c in range(tl.cdiv(tl.load(REACH + block), t.COLS)):
         cols = span(c, t.COLS)
         penalty = _penalty(t, _given(t, batch, rows, cols), batch, block, cols)
-        k, v = _load_keys(t, batch, cols, head // (t.H // t.G))
+        k, v = load_keys(t, batch, cols, head // (t.H // t.G))
         _, dlogits = _grads(t, q, k, v, dout, lse, delta, _seen(t, batch, head, rows, cols), penalty)
         dq += tl.dot(dlogits.to(k.dtype), k, input_precision="ieee")
     _add(DQ, dq * t.scale, batch, rows, t.num_queries, head, t.H, t.D, t.WIDE_D)
@@ -241,14 +224,14 @@ def _keys_back(t: Tile, FIRST, DK, DV):
     """One block of keys of one key head walks the blocks of rows and the query heads that read it: dk and dv."""
     block, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     cols = span(block, t.COLS)
-    k, v = _load_keys(t, batch, cols, group)
+    k, v = load_keys(t, batch, cols, group)
     dk, dv = tl.zeros((t.COLS, t.WIDE_D), tl.float32), tl.zeros((t.COLS, t.WIDE_E), tl.float32)
     for a in range(tl.load(FIRST + block), tl.cdiv(t.num_queries, t.ROWS)):
         rows = span(a, t.ROWS)
         penalty = _penalty(t, _given(t, batch, rows, cols), batch, a, cols)
         for n in range(t.H // t.G):
             head = group * (t.H // t.G) + n
-            q, dout, lse, delta = _load_rows(t, batch, rows, head)
+            q, dout, lse, delta = load_rows(t, batch, rows, head)
             weights, dlogits = _grads(t, q, k, v, dout, lse, delta, _seen(t, batch, head, rows, cols), penalty)
             dv += tl.dot(tl.trans(weights.to(dout.dtype)), dout, input_precision="ieee")
             dk += tl.dot(tl.trans(dlogits.to(q.dtype)), q, input_precision="ieee")

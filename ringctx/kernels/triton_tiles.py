@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringctx.kernels.base import Call, TileScores
 from ringctx.kernels.tricks import is_empty, no_gradient, nothing_seen, require_square
-from ringctx.kernels.triton_blocks import jit, load, products, span, store, triton, why_not, wide
+from ringctx.kernels.triton_blocks import jit, load, load_keys, load_rows, products, span, store, triton, why_not, wide
 
 if triton:
     import triton.language as tl
@@ -88,23 +88,6 @@ def _kept(t, batch, head, rows, cols, x):
 
 
 @jit
-def _load_rows(t, batch, rows, head):
-    """q, dout, lse and delta of one query head."""
-    at = (batch * t.num_queries + rows) * t.H + head
-    q = load(t.Q, batch, rows, t.num_queries, head, t.H, t.D, t.WIDE_D)
-    dout = load(t.DOUT, batch, rows, t.num_queries, head, t.H, t.E, t.WIDE_E)
-    exist = rows < t.num_queries
-    return q, dout, tl.load(t.LSE + at, mask=exist, other=0.0), tl.load(t.DELTA + at, mask=exist, other=0.0)
-
-
-@jit
-def _load_keys(t, batch, cols, head):
-    """k and v of one key head."""
-    k = load(t.K, batch, cols, t.num_keys, head, t.G, t.D, t.WIDE_D)
-    return k, load(t.V, batch, cols, t.num_keys, head, t.G, t.E, t.WIDE_E)
-
-
-@jit
 def _attend(t: Tile, OUT, LSE):
     """One block of rows of one head walks the keys, softmax on the way."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -116,7 +99,7 @@ def _attend(t: Tile, OUT, LSE):
     end = tl.minimum(t.num_keys, (block + 1) * t.ROWS) if t.CAUSAL else t.num_keys
     for c in range(tl.cdiv(end, t.COLS)):
         cols = span(c, t.COLS)
-        k, v = _load_keys(t, batch, cols, head // (t.H // t.G))
+        k, v = load_keys(t, batch, cols, head // (t.H // t.G))
         logits = _logits(t, batch, head, rows, cols, q, k)
         higher = tl.maximum(highest, tl.max(logits, 1))
         level = tl.where(higher == float("-inf"), 0.0, higher)  # a row that saw nothing yet must not subtract -inf from -inf
@@ -143,12 +126,12 @@ def _queries_back(t: Tile, DQ):
     """One block of rows of one head walks the keys: dq, and the gradient of the bias where it is wanted."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows = span(block, t.ROWS)
-    q, dout, lse, delta = _load_rows(t, batch, rows, head)
+    q, dout, lse, delta = load_rows(t, batch, rows, head)
     dq = tl.zeros((t.ROWS, t.WIDE_D), tl.float32)
     end = tl.minimum(t.num_keys, (block + 1) * t.ROWS) if t.CAUSAL else t.num_keys
     for c in range(tl.cdiv(end, t.COLS)):
         cols = span(c, t.COLS)
-        k, v = _load_keys(t, batch, cols, head // (t.H // t.G))
+        k, v = load_keys(t, batch, cols, head // (t.H // t.G))
         _, dlogits = _grads(t, batch, head, rows, cols, q, k, v, dout, lse, delta)
         if t.DBIAS is not None:
             exist = (rows < t.num_queries)[:, None] & (cols < t.num_keys)[None, :]
@@ -163,14 +146,14 @@ def _keys_back(t: Tile, DK, DV):
     """One block of keys of one key head walks the rows, for each of the query heads that read it: dk and dv."""
     block, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     cols = span(block, t.COLS)
-    k, v = _load_keys(t, batch, cols, group)
+    k, v = load_keys(t, batch, cols, group)
     dk, dv = tl.zeros((t.COLS, t.WIDE_D), tl.float32), tl.zeros((t.COLS, t.WIDE_E), tl.float32)
     first = block * t.COLS // t.ROWS if t.CAUSAL else 0
     for n in range(t.H // t.G):
         head = group * (t.H // t.G) + n
         for a in range(first, tl.cdiv(t.num_queries, t.ROWS)):
             rows = span(a, t.ROWS)
-            q, dout, lse, delta = _load_rows(t, batch, rows, head)
+            q, dout, lse, delta = load_rows(t, batch, rows, head)
             kept, dlogits = _grads(t, batch, head, rows, cols, q, k, v, dout, lse, delta)
             dv += tl.dot(tl.trans(kept.to(dout.dtype)), dout, input_precision="ieee")
             dk += tl.dot(tl.trans(dlogits.to(q.dtype)), q, input_precision="ieee")

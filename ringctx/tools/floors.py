@@ -58,8 +58,9 @@ def send_only(ring: Ring, layout: Layout, pattern: Pattern, transport: str, k: T
 def exposed(timeline: Timeline) -> tuple[float, float]:
     """Seconds that posting and waiting for what carries attention took, and nothing hid: in calls forward, and in those backward."""
     found = dict.fromkeys(("forward", "backward"), 0.0)
+    journeys = timeline.journeys()
     for what, call in timeline.calls():
-        for one in timeline.journeys():
+        for one in journeys:
             if one.kind in MOVED and what in found and call.began <= one.posting.began <= call.ended:
                 found[what] += one.posting.seconds + one.waiting.seconds
     return found["forward"], found["backward"]

@@ -228,4 +228,4 @@ def test_tiles_of_a_rectangle_in_one_call(name: str, heads: tuple[int, ...]) -> 
     got = Native().backward(dout, q, k, v, whole, rows, scores, dlse, tiles)
     exact = Reference().backward(*(x.double() for x in (dout, q, k, v, whole)), rows.double(), masked, dlse.double())
     for x, y in zip(got, exact, strict=True):
-        assert x.shape == y.shape and off(x, y) < 4e-3
+        assert x.shape == y.shape and off(x, y) < 3e-3
