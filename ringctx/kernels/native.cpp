@@ -4,8 +4,8 @@
 //   plain   [32 rows][32 columns] bf16: a left factor.
 //   paired  [2 halves][16 pairs of rows][16 columns][2] bf16: a right factor. Row 2i and 2i + 1 of a column lie side by side.
 //   sums    [2 halves][32 rows][16 columns] fp32: what products add up to.
-// Forward keeps, of each row of scores, the largest y (in base 2) and the sum of 2^(y - largest), online (Milakov & Gimelshein 2018,
-// Dao et al. 2022). The largest moves only when a row grows by more than 2^8: until then sums just have another unit.
+// Forward keeps, of each row of scores, a unit (in base 2) and the sum of 2^(y - unit), online (Milakov & Gimelshein 2018,
+// Dao et al. 2022). Any unit does: it is the largest y of the first keys that a row sees, until weights in that unit add up to TOO_MUCH.
 // Backward works on transposed scores, keys down and queries across, so that lse and delta are vectors along a row:
 //   P' = 2^(y' - lse)   dV += P' dO   dS' = P' (V dO' - delta)   dK += dS' Q   (dQ)' += K' dS'
 // Letters: b batch, s queries, n keys, h query heads, g key heads, d key width, e value width; widths are multiples of 32.
@@ -26,7 +26,7 @@ constexpr int EDGE = 32, BLOCK = EDGE * EDGE;   // of a block, in numbers
 constexpr int WIDEST = 256 / EDGE;              // blocks across the widest head
 constexpr int KEYS = 8, QUERIES = 4;            // blocks of keys that forward takes at once, at most; of queries that share them
 constexpr int SQUARE = 4;                       // blocks along the edge of what backward takes at once
-constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f, SLACK = 8.0f;
+constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f, TOO_MUCH = 1e12f;
 
 #define INLINE __attribute__((always_inline)) inline
 
@@ -181,24 +181,16 @@ static void pack(Pack as, u16 *blocks, const View &x, int64_t b, int64_t h, int6
 
 // -- vectors of 16 ----------------------------------------------------------------------------------------------------------------
 
-// 2^y to 3e-6, by the polynomial of degree 4 whose largest relative error is least; 0 far below.
+// 2^y to 3e-6, by the polynomial of degree 4 whose largest relative error between two whole numbers is least; 0 far below.
 static INLINE __m512 exp2_of(__m512 y) {
-    const __m512 whole = _mm512_roundscale_ps(y, 8), x = _mm512_sub_ps(y, whole);
-    __m512 p = _mm512_set1_ps(9.57010195e-3f);
-    for (float c : {5.59178616e-2f, 2.40247448e-1f, 6.93121815e-1f, 9.99999261e-1f}) p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(p, whole);
+    const __m512 x = _mm512_reduce_ps(y, 9);
+    __m512 p = _mm512_set1_ps(1.353417e-2f);
+    for (float c : {5.201146e-2f, 2.4144276e-1f, 6.9300383e-1f, 1.00000259f}) p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, y);
 }
 
 // Two vectors of fp32 as 32 numbers in bf16, low first.
 static INLINE __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-// Two rows of fp32 as pairs in bf16: of each column the number of the even row, then of the odd one.
-static INLINE __m512i pairs(__m512 even, __m512 odd) {
-    const __m512i both = halves(even, odd);
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
 
 // Logits in base 2 with what is added to them; what is hidden is far below all others, but finite.
 static INLINE __m512 biased(__m512 y, __m512 bias) {
@@ -227,13 +219,13 @@ struct Rows {
     alignas(64) u16 q[WIDEST * BLOCK];
     alignas(64) float out[WIDEST * BLOCK];
     alignas(64) float sum[EDGE * 16];  // of each row, lane by lane
-    float largest[EDGE], shrink[EDGE];
+    float unit[EDGE], shrink[EDGE];
     bool shrinks;
 
     void begin(const View &x, int64_t b, int64_t first, int64_t h, int64_t s, int64_t d) {
         for (int64_t c = 0; c < d; c += EDGE) plain(q + c * EDGE, x.row(b, first, h) + c, x.s, (int)std::min<int64_t>(EDGE, s - first));
         std::memset(out, 0, sizeof out), std::memset(sum, 0, sizeof sum);
-        std::fill(largest, largest + EDGE, UNSEEN), std::fill(shrink, shrink + EDGE, 1.0f);
+        std::fill(unit, unit + EDGE, UNSEEN), std::fill(shrink, shrink + EDGE, 1.0f);
         shrinks = false;
     }
 };
@@ -243,49 +235,67 @@ struct Met {
     int count = 0;
     int64_t block[KEYS];
     uint32_t lanes[KEYS];
-    bool cut[KEYS];
+    bool cut[KEYS], whole = true;  // whole: no key of them is hidden
     Met() {}
     Met(const Shape &of, int64_t query, int64_t first) {
         for (int64_t key = first; key < std::min(first + of.keys_at_once(), blocks_of(of.n)); key++) {
             const Seen seen = of.seen(query, key);
             if (seen == NONE) continue;
             const int64_t rest = of.n - key * EDGE;
+            whole = whole && seen == ALL && rest >= EDGE;
             block[count] = key, cut[count] = seen == CUT, lanes[count++] = rest < EDGE ? (1u << rest) - 1 : ~0u;
         }
     }
 };
 
-// Row r of scores [block][half][row][16] -> its weights as plain blocks. bias: of the row, or nowhere. PLAIN: there is none, and the scale
-// is positive, so that the largest can be found before scores are scaled.
-// A row that has seen no key yet has weights of its own, which the first one that it sees takes to 0.
-template <bool PLAIN>
-static INLINE void weigh(Rows &rows, const float *scores, u16 *weights, int r, const Met &met, float scale, const float *bias) {
-    const int count = met.count;
-    const __m512 hidden = _mm512_set1_ps(PLAIN ? UNSEEN / scale : UNSEEN), scales = _mm512_set1_ps(scale);
-    __m512 y[2 * KEYS], largest = hidden;
-    for (int i = 0; i < 2 * count; i++) {
+// Row r of scores [block][half][row][16], in base 2: logits, with their bias, from a vector on. What is hidden is far below all others.
+// bias: of the row, or nowhere. PLAIN: there is none, and the scale is positive. WHOLE: no key of these blocks is hidden.
+template <bool PLAIN, bool WHOLE>
+struct Row {
+    const float *scores, *bias;
+    int r;
+    const Met &met;
+    __m512 scale;
+
+    __m512 score(int i) const {
+        const __m512 found = _mm512_load_ps(scores + i * 512 + r * 16);
+        if (PLAIN && WHOLE) return found;
         const uint32_t lanes = met.cut[i / 2] ? met.lanes[i / 2] & (uint32_t)((2ull << r) - 1) : met.lanes[i / 2];
         const __mmask16 here = (__mmask16)(lanes >> i % 2 * 16);
-        const __m512 score = _mm512_load_ps(scores + i * 512 + r * 16);
-        y[i] = PLAIN ? _mm512_mask_mov_ps(hidden, here, score) : _mm512_mask_mul_ps(hidden, here, score, scales);
-        if (!PLAIN && bias) y[i] = biased(y[i], _mm512_maskz_loadu_ps(here, bias + met.block[i / 2] * EDGE + i % 2 * 16));
-        largest = _mm512_max_ps(largest, y[i]);
+        if (PLAIN) return _mm512_mask_mov_ps(_mm512_set1_ps(UNSEEN) / scale, here, found);
+        const __m512 y = _mm512_mask_mul_ps(_mm512_set1_ps(UNSEEN), here, found, scale);
+        return bias ? biased(y, _mm512_maskz_loadu_ps(here, bias + met.block[i / 2] * EDGE + i % 2 * 16)) : y;
     }
-    if (PLAIN) largest = _mm512_mul_ps(largest, scales);
-    __m512 sum = _mm512_load_ps(rows.sum + r * 16);
-    if (__builtin_expect(_mm512_cmp_ps_mask(largest, _mm512_set1_ps(rows.largest[r] + SLACK), _CMP_GT_OQ), 0)) {
-        const float now = _mm512_reduce_max_ps(largest), shrink = std::exp2(rows.largest[r] - now);
-        rows.largest[r] = now, rows.shrink[r] = shrink, rows.shrinks = true;
-        sum = _mm512_mul_ps(sum, _mm512_set1_ps(shrink));
+    __m512 above(int i, __m512 unit) const { return PLAIN ? _mm512_fmsub_ps(score(i), scale, unit) : _mm512_sub_ps(score(i), unit); }
+};
+
+// Take a row's largest logit as the unit of its sums, if it is above the one so far.
+template <typename Row>
+static __attribute__((noinline)) void grow(Rows &rows, const Row &row) {
+    float now = UNSEEN;
+    for (int i = 0; i < 2 * row.met.count; i++) now = std::max(now, _mm512_reduce_max_ps(row.above(i, _mm512_setzero_ps())));
+    if (!(now > rows.unit[row.r])) return;
+    const float shrink = std::exp2(rows.unit[row.r] - now);
+    rows.unit[row.r] = now, rows.shrink[row.r] *= shrink, rows.shrinks = true;
+    for (int lane = 0; lane < 16; lane++) rows.sum[row.r * 16 + lane] *= shrink;
+}
+
+// A row's weights, as plain blocks; their sums are added to the row's.
+// A row that has seen no key yet has weights of its own, which the first one that it sees takes to 0.
+template <typename Row>
+static INLINE void weigh(Rows &rows, const Row &row, u16 *weights) {
+    if (__builtin_expect(rows.unit[row.r] < UNSEEN / 2, 0)) grow(rows, row);
+    for (bool again = false;; again = true) {
+        __m512 unit = _mm512_set1_ps(rows.unit[row.r]), sum = _mm512_setzero_ps();
+        for (int i = 0; i < 2 * row.met.count; i += 2) {
+            const __m512 low = exp2_of(row.above(i, unit)), high = exp2_of(row.above(i + 1, unit));
+            sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+            _mm512_store_si512(weights + i / 2 * BLOCK + row.r * EDGE, halves(low, high));
+        }
+        if (__builtin_expect(again || !_mm512_cmp_ps_mask(sum, _mm512_set1_ps(TOO_MUCH), _CMP_GT_OQ), 1))
+            return _mm512_store_ps(rows.sum + row.r * 16, _mm512_add_ps(_mm512_load_ps(rows.sum + row.r * 16), sum));
+        grow(rows, row);
     }
-    const __m512 unit = _mm512_set1_ps(rows.largest[r]);
-    for (int i = 0; i < 2 * count; i += 2) {
-        const auto above = [&](__m512 x) { return PLAIN ? _mm512_fmsub_ps(x, scales, unit) : _mm512_sub_ps(x, unit); };
-        const __m512 low = exp2_of(above(y[i])), high = exp2_of(above(y[i + 1]));
-        sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-        _mm512_store_si512(weights + i / 2 * BLOCK + r * EDGE, halves(low, high));
-    }
-    _mm512_store_ps(rows.sum + r * 16, sum);
 }
 
 // What was added up so far, in the new unit of its row.
@@ -349,6 +359,7 @@ static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, co
                      tall * BLOCK, count, true);
         });
     };
+    const __m512 scale = _mm512_set1_ps(of.scale * LOG2E);
     Meeting before, now, next;
     bool is_before = false, is_now = meetings.next(now);
     for (int i = 0; is_now && i < now.met.count; i++) score(now, i);
@@ -360,10 +371,13 @@ static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, co
             for (; done * EDGE < products * (r + 1); done++) done < old ? collect(before, (int)done) : score(next, (int)done - old);
             const float *bias = of.bias.row(b, h, std::min(now.query * EDGE + r, of.s - 1));
             const float *scores = at.scores[now.at];
+            u16 *weights = at.weights[now.at];
             if (bias || of.scale <= 0)
-                weigh<false>(rows, scores, at.weights[now.at], (int)r, now.met, of.scale * LOG2E, bias);
+                weigh(rows, Row<false, false>{scores, bias, (int)r, now.met, scale}, weights);
+            else if (now.met.whole)
+                weigh(rows, Row<true, true>{scores, bias, (int)r, now.met, scale}, weights);
             else
-                weigh<true>(rows, scores, at.weights[now.at], (int)r, now.met, of.scale * LOG2E, bias);
+                weigh(rows, Row<true, false>{scores, bias, (int)r, now.met, scale}, weights);
         }
         if (rows.shrinks) shrink(rows, of.e);
         before = now, now = next, is_before = true, is_now = is_next;
@@ -375,11 +389,11 @@ static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, co
 static void finish(const Rows &rows, const Shape &of, int64_t b, int64_t h, int64_t u, float *out, float *lse) {
     for (int64_t r = 0; r < std::min<int64_t>(EDGE, of.s - u * EDGE); r++) {
         const int64_t row = (b * of.s + u * EDGE + r) * of.h + h;
-        const bool blind = rows.largest[r] < UNSEEN / 2;
+        const bool blind = rows.unit[r] < UNSEEN / 2;
         const float sum = _mm512_reduce_add_ps(_mm512_load_ps(rows.sum + r * 16)), share = blind ? 0.0f : 1.0f / sum;
         for (int64_t c = 0; c < of.e; c += 16)
             _mm512_storeu_ps(out + row * of.e + c, _mm512_mul_ps(_mm512_load_ps(rows.out + c / 16 * 512 + r * 16), _mm512_set1_ps(share)));
-        lse[row] = blind ? -INFINITY : (rows.largest[r] + std::log2(sum)) / LOG2E;
+        lse[row] = blind ? -INFINITY : (rows.unit[r] + std::log2(sum)) / LOG2E;
     }
 }
 
@@ -400,29 +414,35 @@ struct Backward {
     alignas(64) u16 weights[SQUARE * SQUARE * BLOCK], plain_ds[SQUARE * SQUARE * BLOCK], paired_ds[SQUARE * SQUARE * BLOCK];
 };
 
-// Transposed scores and slopes of 32 keys by 32 queries -> P' and dS' as left factors, dS' as a right one.
-// cut: the block lies on the diagonal. bias: its transpose, [32 keys][32 queries], or nowhere.
-static INLINE void differentiate(const float *scores, const float *slopes, const float *lse, const float *delta, float scale, u16 *weights,
-                                 u16 *plain_ds, u16 *paired_ds, bool cut, const float *bias) {
+// Transposed scores and slopes of 32 keys by 32 queries -> P' and dS' / scale as left factors, the latter as a right one too, with columns as
+// `column_of` has them. DIAGONAL: that is where the block lies. bias: its transpose, [32 keys][32 queries], or nowhere.
+template <bool DIAGONAL>
+static void differentiate(const float *scores, const float *slopes, const float *lse, const float *delta, float scale, u16 *weights,
+                                 u16 *plain_ds, u16 *paired_ds, const float *bias) {
+    const __m512 scales = _mm512_set1_ps(scale * LOG2E);
     for (int r = 0; r < EDGE; r += 2) {
-        __m512 p[2][2], ds[2][2];
-        for (int half = 0; half < 2; half++)
-            for (int odd = 0; odd < 2; odd++) {
-                const int at = half * 512 + (r + odd) * 16;
-                __m512 y = _mm512_mul_ps(_mm512_load_ps(scores + at), _mm512_set1_ps(scale * LOG2E));
-                if (bias) y = biased(y, _mm512_load_ps(bias + (r + odd) * EDGE + half * 16));
-                const __mmask16 seen = cut ? (__mmask16)~below(half * 16, r + odd) : 0xffff;  // on the diagonal: queries from the key on
-                p[odd][half] = _mm512_maskz_mov_ps(seen, exp2_of(_mm512_sub_ps(y, _mm512_loadu_ps(lse + half * 16))));
-                const __m512 slope = _mm512_sub_ps(_mm512_load_ps(slopes + at), _mm512_loadu_ps(delta + half * 16));
-                ds[odd][half] = _mm512_mul_ps(_mm512_mul_ps(p[odd][half], slope), _mm512_set1_ps(scale));
-            }
+        __m512i rows[2];
         for (int odd = 0; odd < 2; odd++) {
-            _mm512_store_si512(weights + (r + odd) * EDGE, halves(p[odd][0], p[odd][1]));
-            _mm512_store_si512(plain_ds + (r + odd) * EDGE, halves(ds[odd][0], ds[odd][1]));
+            __m512 p[2], ds[2];
+            for (int half = 0; half < 2; half++) {
+                const int at = half * 512 + (r + odd) * 16;
+                const __m512 score = _mm512_load_ps(scores + at), unit = _mm512_load_ps(lse + half * 16);
+                const auto with_bias = [&] { return biased(_mm512_mul_ps(score, scales), _mm512_load_ps(bias + (r + odd) * EDGE + half * 16)); };
+                p[half] = exp2_of(bias ? _mm512_sub_ps(with_bias(), unit) : _mm512_fmsub_ps(score, scales, unit));
+                if (DIAGONAL) p[half] = _mm512_maskz_mov_ps((__mmask16)~below(half * 16, r + odd), p[half]);  // seen by queries from the key on
+                ds[half] = _mm512_mul_ps(p[half], _mm512_sub_ps(_mm512_load_ps(slopes + at), _mm512_load_ps(delta + half * 16)));
+            }
+            rows[odd] = halves(ds[0], ds[1]);
+            _mm512_store_si512(weights + (r + odd) * EDGE, halves(p[0], p[1]));
+            _mm512_store_si512(plain_ds + (r + odd) * EDGE, rows[odd]);
         }
-        for (int half = 0; half < 2; half++) _mm512_store_si512(paired_ds + half * 512 + r * 16, pairs(ds[0][half], ds[1][half]));
+        _mm512_store_si512(paired_ds + r * 16, _mm512_unpacklo_epi16(rows[0], rows[1]));
+        _mm512_store_si512(paired_ds + 512 + r * 16, _mm512_unpackhi_epi16(rows[0], rows[1]));
     }
 }
+
+// Where `unpack` of AVX-512 leaves a column of 32: the first four of every eight in one half, the others in the other.
+static int64_t column_of(int64_t half, int64_t lane) { return lane / 4 * 8 + half * 4 + lane % 4; }
 
 // What is added to the logits of a block, keys down; where there is no key or query, 0.
 static const float *transposed_bias(Backward &at, const Shape &of, int64_t b, int64_t h, int64_t key, int64_t query) {
@@ -449,8 +469,9 @@ static void square(Backward &at, const Shape &of, Packed &x, int64_t b, int64_t 
             if (seen[i][j] == NONE) continue;
             multiply(at.scores, x.k.at + (key + i) * wide * BLOCK, BLOCK, x.q_by_columns.at + u * wide * BLOCK, BLOCK, wide, false);
             multiply(at.slopes, x.v.at + (key + i) * tall * BLOCK, BLOCK, x.dout_by_columns.at + u * tall * BLOCK, BLOCK, tall, false);
-            differentiate(at.scores, at.slopes, x.lse.at + u * EDGE, x.delta.at + u * EDGE, of.scale, at.weights + to, at.plain_ds + to,
-                          at.paired_ds + to, seen[i][j] == CUT, transposed_bias(at, of, b, h, key + i, u));
+            (seen[i][j] == CUT ? differentiate<true> : differentiate<false>)(
+                at.scores, at.slopes, x.lse.at + u * EDGE, x.delta.at + u * EDGE, of.scale, at.weights + to, at.plain_ds + to, at.paired_ds + to,
+                transposed_bias(at, of, b, h, key + i, u));
         }
     for (int i = 0; i < keys; i++)
         runs(queries, [&](int j) { return !seen[i][j] == !seen[i][j - 1]; }, [&](int j, int count) {
@@ -472,24 +493,27 @@ static void square(Backward &at, const Shape &of, Packed &x, int64_t b, int64_t 
         });
 }
 
-// Sums [block of rows][block of columns][half][row][16] -> rows of a contiguous (b s h d).
-static void unpack(float *to, int64_t stride, const float *sums, int64_t rows, int64_t width) {
+// Sums [block of rows][block of columns][half][row][16], times `scale` -> rows of a contiguous (b s h d).
+static void unpack(float *to, int64_t stride, const float *sums, int64_t rows, int64_t width, float scale) {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < width; c += 16) {
             const float *block = sums + (r / EDGE * (width / EDGE) + c / EDGE) * BLOCK;
-            _mm512_storeu_ps(to + r * stride + c, _mm512_load_ps(block + c % EDGE / 16 * 512 + r % EDGE * 16));
+            _mm512_storeu_ps(to + r * stride + c, _mm512_mul_ps(_mm512_load_ps(block + c % EDGE / 16 * 512 + r % EDGE * 16), _mm512_set1_ps(scale)));
         }
 }
 
-// Transposed sums, likewise.
-static void unpack_transposed(float *to, int64_t stride, const float *sums, int64_t rows, int64_t width) {
-    for (int64_t r = 0; r < rows; r += 16)
+// Transposed sums, likewise, whose columns lie as `column_of` says.
+static void unpack_transposed(float *to, int64_t stride, const float *sums, int64_t rows, int64_t width, float scale) {
+    for (int64_t part = 0; part < blocks_of(rows) * 2; part++)
         for (int64_t c = 0; c < width; c += 16) {
-            const float *part = sums + (r / EDGE * (width / EDGE) + c / EDGE) * BLOCK + r % EDGE / 16 * 512 + c % EDGE * 16;
+            const float *from = sums + (part / 2 * (width / EDGE) + c / EDGE) * BLOCK + part % 2 * 512 + c % EDGE * 16;
             __m512 x[16];
-            for (int i = 0; i < 16; i++) x[i] = _mm512_load_ps(part + i * 16);
+            for (int i = 0; i < 16; i++) x[i] = _mm512_mul_ps(_mm512_load_ps(from + i * 16), _mm512_set1_ps(scale));
             transpose(x);
-            for (int64_t i = 0; i < std::min<int64_t>(16, rows - r); i++) _mm512_storeu_ps(to + (r + i) * stride + c, x[i]);
+            for (int i = 0; i < 16; i++) {
+                const int64_t row = part / 2 * EDGE + column_of(part % 2, i);
+                if (row < rows) _mm512_storeu_ps(to + row * stride + c, x[i]);
+            }
         }
 }
 
@@ -511,10 +535,10 @@ static void differentiate_head(Backward &at, Packed &x, const Shape &of, const V
         x.dq.zero();
         for (int64_t key = 0; key < blocks_of(of.n); key += SQUARE)
             for (int64_t query = of.causal && !of.grid ? key : 0; query < blocks_of(of.s); query += SQUARE) square(at, of, x, b, h, key, query);
-        unpack_transposed(dq + (b * of.s * of.h + h) * of.d, of.h * of.d, x.dq.at, of.s, of.d);
+        unpack_transposed(dq + (b * of.s * of.h + h) * of.d, of.h * of.d, x.dq.at, of.s, of.d, of.scale);
     }
-    unpack(dk + (b * of.n * of.g + g) * of.d, of.g * of.d, x.dk.at, of.n, of.d);
-    unpack(dv + (b * of.n * of.g + g) * of.e, of.g * of.e, x.dv.at, of.n, of.e);
+    unpack(dk + (b * of.n * of.g + g) * of.d, of.g * of.d, x.dk.at, of.n, of.d, of.scale);
+    unpack(dv + (b * of.n * of.g + g) * of.e, of.g * of.e, x.dv.at, of.n, of.e, 1.0f);
 }
 
 // -- what Python calls --------------------------------------------------------------------------------------------------------------

@@ -123,6 +123,19 @@ def test_tensors_may_be_strided_and_logits_large() -> None:
 
 
 @HERE
+@pytest.mark.parametrize("step", [20.0, 60.0, 200.0])
+def test_logits_that_rise_along_the_keys_change_the_unit_of_their_row(step: float) -> None:
+    """Every 256 keys are `step` above those before: more than weights may add up to in one unit, and at last more than fp32 holds."""
+    q, k, v, dout, dlse = drawn(1, 96, 1_500, 2, 2, 64, 64)
+    q[..., 0], k[..., 0] = 8.0, (torch.arange(1_500) // 256 * step).bfloat16()[None, :, None]
+    want = definition(q, k, v, dout, dlse, False, 0.125)
+    kernel, scores = Native(), TileScores(0.125)
+    out, lse = kernel.forward(q, k, v, scores)
+    grads = kernel.backward(dout, q, k, v, out, lse, scores, dlse)
+    assert off(lse, want[1]) < 1e-6 and max(off(got, one) for got, one in zip((out, *grads), (want[0], *want[2:]), strict=True)) < 8e-3
+
+
+@HERE
 def test_any_number_of_threads_says_the_same_and_few_queries_go_to_aten() -> None:
     q, k, v, dout, _ = drawn(2, 260, 260, 4, 2, 64, 64)
     scores, before = TileScores(0.125, causal=True), torch.get_num_threads()
