@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ringctx import config as configuration
 from ringctx.cli.started import AS_JSON, CONFIG, OVERRIDES, RANKS, Typed, launched, read_document, ring_of
 from ringctx.config import Config
+from ringctx.device import device_of, dtype_of
 from ringctx.errors import ConfigError
 from ringctx.runtime import launch
+
+if TYPE_CHECKING:
+    from ringctx.tools.planner import Asked, Link, Prediction
 
 
 @click.command()
@@ -101,31 +104,63 @@ def show(config: Path | None, out: Path, tokens: int, ranks: int, trace: Path | 
 @click.command()
 @CONFIG
 @click.option("--seq-len", "tokens", type=click.IntRange(min=1), default=131_072, show_default=True, help="Tokens to read.")
-@click.option("--ranks", type=click.IntRange(min=1), default=8, show_default=True, help="That share them; none is started.")
-@click.option("--device", default="h100", show_default=True, help="What each rank is.")
+@click.option("--ranks", type=click.IntRange(min=1), help="That share them, 8 by default; started, 2 by default, for --device here alone.")
+@click.option("--device", default="h100", show_default=True, help="What each rank is; here: this machine, measured for some seconds.")
 @click.option("--link", help="Between ranks: a name such as ndr, or GB/s one way; by default what joins such devices in a node.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="That the ranks sit on, in equal runs.")
 @AS_JSON
 @OVERRIDES
+@click.pass_obj
 def plan(
-    config: Path, tokens: int, ranks: int, device: str, link: str | None, nodes: int, as_json: bool, overrides: tuple[str, ...]
+    typed: Typed,
+    config: Path,
+    tokens: int,
+    ranks: int | None,
+    device: str,
+    link: str | None,
+    nodes: int,
+    as_json: bool,
+    overrides: tuple[str, ...],
 ) -> int:
     """Predict what reading a sequence costs: bytes, memory, balance and time, by layout and transport."""
     from ringctx.tools import planner, shapes
+
+    asked = configuration.load(config, overrides)
+    model, between = shapes.shapes_of(asked), planner.link_of(link) if link else None
+    layers = list(shapes.by_layer(asked, model).values())
+    kept = {"tokens": tokens, "page": asked.cache.page, "file": shapes.file_of(asked)}
+    if device != "here":
+        run = planner.Asked(**kept, **_machine(asked, device, ranks or 8, between, nodes))
+        return _planned(planner.predict(model, layers, run), run, as_json)
+    if nodes > 1 or asked.model.tensor_parallel > 1:
+        raise ConfigError("--device here measures ranks of one machine, with whole layers; leave out --nodes and model.tensor_parallel.")
+    if not launch.is_rank() and (ranks or 2) > 1:
+        return launched(ranks or 2, asked, typed)
+    with ring_of(asked, ranks, typed.level) as ring:
+        kind = device_of(asked.model)
+        found, measured = planner.Here(ring, model, kind, dtype_of(asked.model, kind)).measure(layers, tokens)
+        if ring.rank:
+            return 0
+        run = planner.Asked(**kept, ranks=ring.size, device=found, link=between or measured)
+        return _planned(planner.predict(model, layers, run), run, as_json)
+
+
+def _machine(config: Config, device: str, ranks: int, link: Link | None, nodes: int) -> dict[str, Any]:
+    """Devices and links by name, as `planner.Asked` takes them."""
+    from ringctx.tools import planner
 
     if ranks % nodes:
         raise ConfigError(f"{ranks} ranks do not sit on {nodes} nodes in equal runs; give a number of nodes that divides them.")
     if link is None and nodes > 1:
         raise ConfigError(f"{nodes} nodes were given; say by --link what joins them: {', '.join(planner.LINKS)}, or GB/s one way.")
-    asked = configuration.load(config, overrides)
-    model, kind = shapes.shapes_of(asked), planner.device_named(device)
-    node_link = planner.link_of(planner.NODE_LINK[device])
-    run = planner.Asked(
-        tokens=tokens, ranks=ranks, device=kind, link=planner.link_of(link) if link else node_link, node_link=node_link, nodes=nodes,
-        tensor=asked.model.tensor_parallel,
-    )  # fmt: skip
-    layers = Counter(shapes.by_layer(asked, model).values())
-    found = planner.predict(model, layers, run)
+    kind, node_link = planner.device_named(device), planner.link_of(planner.NODE_LINK[device])
+    ways = {"link": link or node_link, "node_link": node_link, "nodes": nodes, "tensor": config.model.tensor_parallel}
+    return {"ranks": ranks, "device": kind, **ways}
+
+
+def _planned(found: Prediction, run: Asked, as_json: bool) -> int:
+    from ringctx.tools import planner
+
     click.echo(json.dumps(found.json()) if as_json else planner.text(found, run))
     return 0
 

@@ -27,6 +27,7 @@ class Shapes:
     intermediate: int
     vocabulary: int
     trained: int | None = None
+    tied: bool = False
 
     @property
     def layer_params(self) -> int:
@@ -35,9 +36,14 @@ class Shapes:
         return attention + 3 * self.hidden * self.intermediate
 
     @property
+    def read_params(self) -> int:
+        """Weights that a token meets while it is read: of the last layer those that make queries, keys and values."""
+        return (self.layers - 1) * self.layer_params + self.hidden * self.width * (self.heads + 2 * self.key_heads)
+
+    @property
     def params(self) -> int:
-        """Weights of all matrices, embedding and logits counted once each."""
-        return self.layers * self.layer_params + 2 * self.vocabulary * self.hidden
+        """Weights of all matrices, embedding and logits counted once each, or once together where they are tied."""
+        return self.layers * self.layer_params + (2 - self.tied) * self.vocabulary * self.hidden
 
     @property
     def values_a_token(self) -> int:
@@ -79,6 +85,7 @@ def of_model(model: Any) -> Shapes:
         layers=model.num_hidden_layers, hidden=model.hidden_size, heads=model.num_attention_heads, key_heads=model.num_key_value_heads,
         width=getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads,
         intermediate=model.intermediate_size, vocabulary=model.vocab_size, trained=getattr(model, "max_position_embeddings", None),
+        tied=bool(getattr(model, "tie_word_embeddings", False)),
     )  # fmt: skip
 
 
@@ -91,3 +98,12 @@ def by_layer(config: Config, shapes: Shapes) -> dict[int, Attention]:
     )  # fmt: skip
     asked = layers_of(config.attention, model)
     return asked if isinstance(asked, dict) else dict.fromkeys(range(shapes.layers), asked or Attention())
+
+
+def file_of(config: Config) -> int:
+    """Bytes of the checkpoint's weights on disk; 0 where there is none here."""
+    from ringctx.huggingface.weights import checkpoint
+
+    if config.training.scratch.layers or config.model.path in KNOWN:
+        return 0
+    return sum(part.stat().st_size for part in checkpoint(config.model.path).glob("*.safetensors"))

@@ -1,37 +1,96 @@
-"""Machines: what devices and links can do, from their makers' sheets and from kernels' published figures, or as measured here.
+"""Machines: what devices and links can do, from their makers' sheets and from kernels' published figures, or as measured by `here`.
 
 Units: FLOP/s, bytes, bytes a second one way, seconds. Nothing here was measured on a GPU by this project.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from ringctx.core.pattern import PARTIAL
+from ringctx.core.plan import Visit
+from ringctx.core.tiles import area
+from ringctx.core.tiles import width as length
+from ringctx.core.together import joined
 from ringctx.errors import ConfigError
 from ringctx.tools.planner.simulate import Link
 
 
+class Effort(NamedTuple):
+    """What computing a visit takes: visits and calls of the kernel; FLOP in whole and causal tiles, and in masked ones; numbers of queries
+    and keys that are touched. Or seconds that one of each takes.
+    """
+
+    visits: float
+    calls: float
+    plain: float
+    masked: float
+    numbers: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """attention, linear: FLOP/s that these reach in bf16. tile: seconds that a tile takes besides.
+    """One rank of several, all at work. attention: seconds that one of each takes. linear: FLOP/s of what is not attention.
 
-    post, hidden: as in Costs.
+    edge: as in Kernel, of one that computes several tiles in one call. call: seconds before a layer's attention, in which ranks agree.
+    post, hidden: as in Costs. slow: of a call while so many ranks compute (1 first), its time over that while all do; empty where ranks
+    have devices of their own. item: bytes of a number. base: bytes of a process that has read nothing; activations: of a token, in one
+    layer at a time, None where they were not measured.
     """
 
     name: str
     memory: float
-    attention: float
+    attention: Effort
     linear: float
-    tile: float = 10e-6
+    edge: int | None = None
+    call: float = 0.0
     post: float = 20e-6
     hidden: float = 1.0
+    slow: tuple[float, ...] = ()
+    item: int = 2
+    base: float = 0.0
+    activations: float | None = None
     source: str = ""
+
+    def effort(self, visit: Visit, heads: Sequence[int], width: int, num_queries: int) -> Effort:
+        """heads: of each head group of the visit's tiles; width: of a head."""
+        calls, plain, masked, numbers = 0, 0, 0, 0
+        for rows, count in zip(visit.tiles, heads, strict=True):
+            if not rows:
+                continue
+            several, rest = (None, rows) if self.edge is None else joined(rows, self.edge, num_queries, length(visit.spans))
+            calls += len(rest) + (several is not None)
+            hidden = area(tuple(tile for tile in rows if tile[0] == PARTIAL))
+            plain, masked = plain + count * (area(rows) - hidden), masked + count * hidden
+            numbers += count * (max(t[2] for t in rows) - min(t[1] for t in rows) + max(t[4] for t in rows) - min(t[3] for t in rows))
+        return Effort(float(calls > 0), calls, 4.0 * width * plain, 4.0 * width * masked, float(width * numbers))
+
+    def seconds(self, effort: Effort) -> float:
+        """Of computing a visit."""
+        return sum(many * one for many, one in zip(effort, self.attention, strict=True))
+
+    def shared(self, works: Sequence[float]) -> float:
+        """Seconds until the last of these is done, which begin together on ranks that may share cores. works: each while all compute."""
+        if not self.slow:
+            return max(works)
+        total, done = 0.0, 0.0
+        for number, work in enumerate(sorted(works)):
+            total += (work - done) * self.slow[len(works) - number - 1]
+            done = work
+        return total
 
 
 def _gpu(name: str, peak: float, memory_gb: float, shares: tuple[float, float], source: str) -> Device:
     """From a peak in TFLOP/s, dense in bf16, and the shares of it that attention and matrix products reach."""
     attention, linear = (share * peak * 1e12 for share in shares)
-    return Device(name=name, memory=memory_gb * 1e9, attention=attention, linear=linear, source=source)
+    effort = Effort(visits=0, calls=TILE, plain=1 / attention, masked=1 / attention, numbers=0)
+    return Device(name=name, memory=memory_gb * 1e9, attention=effort, linear=linear, source=source)
+
+
+TILE = 10e-6
+"""Seconds that a kernel's call takes besides, on a GPU."""
 
 
 DEVICES = {

@@ -1,11 +1,13 @@
-"""Predict: what prefill of a sequence costs on so many ranks, for each layout and transport, and which is the quickest.
+"""Predict: what reading a sequence costs on so many ranks, for each layout and transport, and which is the quickest.
 
 Knows plans, shapes and machines. Sends nothing. Bytes and hops are those of the plans, so exact; seconds are simulated from a device's and
-a link's figures. What of a layer is not attention has no messages: each rank does it for its own tokens.
+a link's figures. What of a layer is not attention has no messages: each rank does it for its own tokens. Reading ends when the last
+layer's keys are there, so that layer attends to nothing.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,8 +28,6 @@ LAYOUTS: Mapping[str, Callable[[int, int], Layout]] = {
 }
 TRANSPORTS = ("rotate", "fetch", "gather")
 """What is simulated: transports that move keys."""
-ITEM = 2
-"""Bytes of a number: devices' figures are of bf16."""
 AS_QUICK = 1.01
 """Options within so much of the quickest count as quick."""
 ACTIVATIONS = 12
@@ -38,7 +38,8 @@ ACTIVATIONS = 12
 class Asked:
     """What is planned. link: between neighbours; node_link and nodes: equal runs of ranks that have a quicker link among themselves.
 
-    tensor: ranks of a row, which share heads and weights; their own messages take `node_link`.
+    tensor: ranks of a row, which share heads and weights; their own messages take `node_link`. page: tokens of a cache's page.
+    file: bytes of the checkpoint, which are held beside the weights while these are loaded.
     """
 
     tokens: int
@@ -48,6 +49,8 @@ class Asked:
     node_link: Link | None = None
     nodes: int = 1
     tensor: int = 1
+    page: int = 1
+    file: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +101,12 @@ class Prediction:
         return [*map(str, self.options), f"{share:.0%} of the first one's time is {said}."]
 
 
-def predict(shapes: Shapes, layers: Mapping[Attention, int], asked: Asked, layouts: Sequence[str] = tuple(LAYOUTS)) -> Prediction:
-    """layers: of each attention, how many layers have it."""
+def predict(shapes: Shapes, layers: Sequence[Attention], asked: Asked, layouts: Sequence[str] = tuple(LAYOUTS)) -> Prediction:
+    """layers: the attention of each layer, first to last."""
     found = []
     for name in layouts:
         layout = LAYOUTS[name](asked.tokens, asked.ranks)
-        found += [_option(shapes, layers, asked, name, layout, transport) for transport in TRANSPORTS]
+        found += [_option(shapes, Counter(layers[:-1]), asked, name, layout, transport) for transport in TRANSPORTS]
     quickest = min(one.seconds["total"] for one in found)
     best = min((one for one in found if one.seconds["total"] <= AS_QUICK * quickest), key=lambda one: (one.bytes, one.memory["total"]))
     others = sorted((one for one in found if one is not best), key=lambda one: one.seconds["total"])
@@ -114,17 +117,16 @@ def _option(shapes: Shapes, layers: Mapping[Attention, int], asked: Asked, name:
     total = dict.fromkeys(("attention", "exposed", "bytes"), 0.0)
     hops, visiting, loads = 0, 0, [0] * asked.ranks
     for attention, count in layers.items():
-        patterns, heads = _parts(attention, shapes.heads)
+        patterns, heads = parts_of(attention, shapes.heads)
         plans = [make_plan(patterns, layout, layout, rank, transport, asked.nodes) for rank in range(asked.ranks)]
-        times = forward(plans, _costs(shapes, asked, heads))
-        slowest = max(range(asked.ranks), key=lambda rank: times.computing[rank])
-        total["attention"] += count * times.computing[slowest]
-        total["exposed"] += count * (times.total - times.computing[slowest])
-        total["bytes"] += count * sum(plan.tokens_sent for plan in plans) * shapes.values_a_token * ITEM
+        times = forward(plans, _costs(shapes, asked, heads, plans))
+        total["attention"] += count * (asked.device.call + asked.device.shared(times.computing))
+        total["exposed"] += count * (times.total - max(times.computing))
+        total["bytes"] += count * sum(plan.tokens_sent for plan in plans) * shapes.values_a_token * asked.device.item
         hops, visiting = max(hops, *(len(plan.hops) for plan in plans)), max(visiting, *(plan.held for plan in plans))
         loads = [load + count * _pairs(plan, heads) for load, plan in zip(loads, plans, strict=True)]
     tokens = max(layout.count(rank) for rank in range(asked.ranks))
-    linear = 2 * shapes.layers * shapes.layer_params * tokens / asked.tensor / asked.device.linear
+    linear = 2 * shapes.read_params * tokens / asked.tensor / asked.device.linear
     linear += _rows(shapes, asked, tokens)
     seconds = {"total": total["attention"] + total["exposed"] + linear, "linear": linear}
     seconds |= {"attention": total["attention"], "exposed": total["exposed"]}
@@ -134,7 +136,7 @@ def _option(shapes: Shapes, layers: Mapping[Attention, int], asked: Asked, name:
     )  # fmt: skip
 
 
-def _parts(attention: Attention, heads: int) -> tuple[tuple[Pattern, ...], tuple[int, ...]]:
+def parts_of(attention: Attention, heads: int) -> tuple[tuple[Pattern, ...], tuple[int, ...]]:
     """The patterns of head groups and branches, and how many heads each has."""
     pairs = [(pattern, len(members)) for members, seen in attention.parts(heads) for pattern, _ in seen]
     return tuple(pattern for pattern, _ in pairs), tuple(count for _, count in pairs)
@@ -142,25 +144,22 @@ def _parts(attention: Attention, heads: int) -> tuple[tuple[Pattern, ...], tuple
 
 def _pairs(plan: Plan, heads: Sequence[int]) -> int:
     """Query-key pairs of all heads that a rank computes."""
-    return sum(_visited(visit, heads)[0] for visit in (plan.home, *(visit for hop in plan.hops for visit in hop.visits)))
+    visits = (plan.home, *(visit for hop in plan.hops for visit in hop.visits))
+    return sum(area(rows) * count for visit in visits for rows, count in zip(visit.tiles, heads, strict=True))
 
 
-def _visited(visit: Visit, heads: Sequence[int]) -> tuple[int, int]:
-    """Pairs of all heads, and tiles."""
-    return sum(area(rows) * count for rows, count in zip(visit.tiles, heads, strict=True)), sum(map(len, visit.tiles))
-
-
-def _costs(shapes: Shapes, asked: Asked, heads: Sequence[int]) -> Costs:
+def _costs(shapes: Shapes, asked: Asked, heads: Sequence[int], plans: Sequence[Plan]) -> Costs:
     device = asked.device
 
-    def work(_: int, visit: Visit) -> float:
-        pairs, tiles = _visited(visit, heads)
-        return 4 * shapes.width * pairs / asked.tensor / device.attention + tiles * device.tile
+    def work(rank: int, visit: Visit) -> float:
+        effort = device.effort(visit, heads, shapes.width, plans[rank].num_queries)
+        spread = 1 / asked.tensor
+        return device.seconds(effort._replace(plain=spread * effort.plain, masked=spread * effort.masked, numbers=spread * effort.numbers))
 
     inner = asked.ranks // asked.nodes
     within = asked.node_link or asked.link
     link = lambda a, b: within if a // inner == b // inner and asked.nodes > 1 else asked.link
-    moved = shapes.values_a_token * ITEM / asked.tensor
+    moved = shapes.values_a_token * device.item / asked.tensor
     return Costs(work, moved, 2 * moved, link, post=device.post, hidden=device.hidden)
 
 
@@ -169,17 +168,20 @@ def _rows(shapes: Shapes, asked: Asked, tokens: int) -> float:
     if asked.tensor == 1:
         return 0.0
     link = asked.node_link or asked.link
-    moved = 2 * (asked.tensor - 1) / asked.tensor * tokens * shapes.hidden * ITEM
+    moved = 2 * (asked.tensor - 1) / asked.tensor * tokens * shapes.hidden * asked.device.item
     return 2 * shapes.layers * link.seconds(moved)
 
 
 def _memory(shapes: Shapes, asked: Asked, tokens: int, visiting: int) -> dict[str, float]:
-    """Bytes of a rank: weights, all layers' keys, what visits, and a layer's activations."""
-    a_token = shapes.values_a_token * ITEM / asked.tensor
+    """Bytes of a rank: the process, weights, all layers' keys, what visits, and a layer's activations; or the process while it loads."""
+    device, a_token = asked.device, shapes.values_a_token * asked.device.item / asked.tensor
+    by_shapes = ACTIVATIONS * shapes.hidden * device.item / asked.tensor
+    held = -(-tokens // asked.page) * asked.page
     parts = {
-        "weights": shapes.params * ITEM / asked.tensor,
-        "keys": shapes.layers * tokens * a_token,
+        "base": device.base,
+        "weights": shapes.params * device.item / asked.tensor,
+        "keys": shapes.layers * held * a_token,
         "visiting": visiting * a_token,
-        "activations": ACTIVATIONS * tokens * shapes.hidden * ITEM / asked.tensor,
+        "activations": tokens * (by_shapes if device.activations is None else device.activations),
     }
-    return {"total": sum(parts.values()), **parts}
+    return {"total": max(sum(parts.values()), parts["base"] + parts["weights"] + asked.file), **parts}

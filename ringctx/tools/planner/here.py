@@ -1,0 +1,228 @@
+"""Here: what the ranks of this machine can do, measured for some seconds while all of them work, as a device and a link to plan for.
+
+Knows rings, kernels and a layer of the model with random weights. Every figure is the mean over ranks of the median over rounds, of work
+that is small beside what is planned; only what is not attention is measured with as many tokens as a rank will have, up to MOST.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringctx import kernels
+from ringctx.core.attention import Attention
+from ringctx.core.entry import ring_attention
+from ringctx.core.header import agree
+from ringctx.core.layout import Layout
+from ringctx.core.plan import make_plan
+from ringctx.core.ring import Message, Ring
+from ringctx.device import held_memory, keep_freed_memory, peak_memory
+from ringctx.huggingface import wrap
+from ringctx.kernels.base import Call
+from ringctx.patterns import causal, window
+from ringctx.runtime.cache import KVCache
+from ringctx.tools.bench.case import finish, meet
+from ringctx.tools.planner.machine import Device, Effort
+from ringctx.tools.planner.predict import parts_of
+from ringctx.tools.planner.simulate import Link
+from ringctx.tools.shapes import Shapes
+
+ROUNDS = 5
+MOST = 4096
+"""Tokens of a sample."""
+LAYERS = 3
+"""Of the model with random weights."""
+MASKED = Attention(causal() & window(97))
+"""What masked tiles are measured with, besides what is asked for."""
+SMALL, LARGE = 1 << 10, 8 << 20
+"""Bytes of the messages that are timed."""
+
+
+class Here:
+    """The ranks of `ring`, for a model of these shapes in this dtype on this device."""
+
+    def __init__(self, ring: Ring, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> None:
+        self.ring, self.shapes, self.device, self.dtype = ring, shapes, device, dtype
+
+    @torch.no_grad()
+    def measure(self, attentions: Iterable[Attention], tokens: int) -> tuple[Device, Link]:
+        """attentions: of the layers; their encodings and scores are left out. tokens: in all. All ranks call it together."""
+        keep_freed_memory()
+        own = min(MOST, max(1, tokens // self.ring.size))
+        base = held_memory(self.device)
+        layers, activations = self._layers(own)
+        edge = self._edge()
+        known = Device(name="", memory=0, attention=Effort(0, 0, 0, 0, 0), linear=0, edge=edge)
+        attention = self._attention(known, [Attention(), MASKED, *attentions], own)
+        effort = self._effort(known, Attention(), Layout.contiguous(own, 1))
+        rest = max(layers - LAYERS * sum(a * b for a, b in zip(effort, attention, strict=True)), layers / 20)
+        link, hidden = self._link()
+        device = Device(
+            name=f"a rank here, of {self.ring.size}", memory=self._memory(), attention=attention,
+            linear=2 * LAYERS * self.shapes.layer_params * own / rest, edge=edge, call=self._call(), post=0.0, hidden=hidden,
+            slow=self._slow(own), item=self.dtype.itemsize, base=self._mean(base), activations=self._mean(activations),
+            source=f"{ROUNDS} rounds of measuring this machine, all {self.ring.size} ranks at once",
+        )  # fmt: skip
+        return device, link
+
+    # -- what is measured -------------------------------------------------------------------------------------------
+
+    def _layers(self, tokens: int) -> tuple[float, float]:
+        """Seconds of LAYERS layers over so many tokens of a rank alone, and bytes a token that they take besides weights and keys."""
+        model, lone, layout = _random(self.shapes, self.device, self.dtype), Ring.alone(), Layout.contiguous(tokens, 1)
+        context = wrap(model, lone, Attention())
+        ids = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
+        inputs = {"input_ids": ids, "position_ids": layout.indices(0, self.device)[None], "use_cache": False}
+
+        def read() -> KVCache:
+            cache = KVCache(LAYERS, 0, 1, room=tokens)
+            cache.extend(layout)
+            with context.running(layout, cache):
+                model.base_model(**inputs)
+            return cache
+
+        before = held_memory(self.device)
+        read()
+        keys = LAYERS * tokens * self.shapes.values_a_token * self.dtype.itemsize
+        activations = max(peak_memory(self.device) - before - keys, 0) / tokens
+        return self._seconds(read), activations
+
+    def _attention(self, known: Device, attentions: Sequence[Attention], own: int) -> Effort:
+        """Seconds of each part of an effort, such that they tell those of these attentions at some lengths best."""
+        efforts, seconds = [], []
+        for n in sorted({min(own, n) for n in (128, 512, 2048, MOST)}):
+            layouts = [(attention, Layout.contiguous(n, 1)) for attention in dict.fromkeys(attentions)]
+            layouts += [(Attention(), Layout.contiguous(n, 1).shifted(n))] * (n < own)
+            for attention, layout in layouts:
+                efforts.append(self._effort(known, attention, layout))
+                seconds.append(self._seconds(self._attends(attention, layout)))
+        return Effort(*fitted(efforts, seconds))
+
+    def _effort(self, known: Device, attention: Attention, layout: Layout) -> Effort:
+        patterns, heads = parts_of(attention, self.shapes.heads)
+        plan = make_plan(patterns, layout, self._keys_of(layout), 0, "rotate")
+        return known.effort(plan.home, heads, self.shapes.width, plan.num_queries)
+
+    def _attends(self, attention: Attention, layout: Layout) -> Callable[[], object]:
+        keys, s, lone = self._keys_of(layout), self.shapes, Ring.alone()
+        sizes = ((layout.count(0), s.heads), (keys.count(0), s.key_heads), (keys.count(0), s.key_heads))
+        q, k, v = (torch.randn(1, n, h, s.width, device=self.device).to(self.dtype) for n, h in sizes)
+        seen = Attention(attention.pattern, branches=attention.branches)
+        return lambda: ring_attention(q, k, v, ring=lone, layout=layout, key_layout=keys, attention=seen)
+
+    def _keys_of(self, layout: Layout) -> Layout:
+        """The keys before these queries where they begin later, else their own."""
+        n = layout.count(0)
+        return Layout.contiguous(n, 1) if layout.length > n else layout
+
+    def _slow(self, own: int) -> tuple[float, ...]:
+        """Of a call while 1, 2, … ranks compute, its time over that while all do."""
+        size, attends = self.ring.size, self._attends(Attention(), Layout.contiguous(min(own, 2048), 1))
+        counts = sorted({1, size, *(2**n for n in range(size.bit_length()) if 2**n < size)})
+        found = {many: self._seconds(attends, many) for many in counts}
+        told = {many: min(found[many] / found[size], 1.0) for many in counts}
+        slow = [told[1]]
+        for a, b in pairwise(counts):
+            slow += [told[a] + (told[b] - told[a]) * (n - a) / (b - a) for n in range(a + 1, b + 1)]
+        return tuple(slow)
+
+    def _call(self) -> float:
+        return self._seconds(lambda: agree(self.ring, {"call": "plan"}))
+
+    def _link(self) -> tuple[Link, float]:
+        """Between neighbours, all of them sending at once; and the share of a message's time that a rank can compute in."""
+        if self.ring.size == 1:
+            return Link(0.0, 1e12), 1.0
+        small, large = (self._seconds(lambda size=size: self._send(size)()) for size in (SMALL, LARGE))
+        link = Link(small, LARGE / max(large - small, 1e-9))
+        x = torch.randn(256, 256, device=self.device)
+        once = self._seconds(lambda: _multiply(x, 8)) / 8
+        times = max(int(large / once), 1)
+        alone = self._seconds(lambda: _multiply(x, times))
+
+        def both() -> None:
+            wait = self._send(LARGE)
+            _multiply(x, times)
+            wait()
+
+        hidden = (large + alone - self._seconds(both)) / min(large, alone)
+        return link, min(max(hidden, 0.0), 1.0)
+
+    def _send(self, size: int) -> Callable[[], None]:
+        """Post a message to the next rank and one from the rank before; what is returned waits for both."""
+        ring = self.ring
+        out, into = (torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(2))
+        receive, send = Message((ring.rank - 1) % ring.size, (into,)), Message((ring.rank + 1) % ring.size, (out,))
+        return ring.exchange("probe", "a measured message", [receive], [send]).wait
+
+    def _edge(self) -> int | None:
+        s = self.shapes
+        kernel = kernels.choose(Call(self.device.type, self.dtype, s.heads, s.key_heads, s.width, s.width))
+        found: int | None = getattr(kernel, "edge", None)
+        return found
+
+    def _memory(self) -> float:
+        """Bytes that a rank may take."""
+        if self.device.type == "cuda":
+            return float(torch.cuda.get_device_properties(self.device).total_memory)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.ring.size
+
+    # -- how --------------------------------------------------------------------------------------------------------
+
+    def _seconds(self, work: Callable[[], object], many: int | None = None) -> float:
+        """Of work that the first `many` ranks do at once, all by default: the mean over these of medians."""
+        many = self.ring.size if many is None else many
+        taken = []
+        for _ in range(ROUNDS + 1):
+            meet(self.ring, self.device)
+            began = time.perf_counter()
+            if self.ring.rank < many:
+                work()
+                finish(self.device)
+            taken.append(time.perf_counter() - began)
+        return self._mean(statistics.median(taken[1:]) if self.ring.rank < many else 0.0) * self.ring.size / many
+
+    def _mean(self, number: float) -> float:
+        found = torch.tensor([number], dtype=torch.float64, device=self.device)
+        if self.ring.group is not None:
+            dist.all_reduce(found, group=self.ring.group)
+        return float(found) / self.ring.size
+
+
+def _random(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """LAYERS layers of a decoder with gated MLPs of these shapes, and hardly a vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=shapes.hidden, intermediate_size=shapes.intermediate, num_hidden_layers=LAYERS, head_dim=shapes.width,
+        num_attention_heads=shapes.heads, num_key_value_heads=shapes.key_heads, max_position_embeddings=MOST, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(device, dtype).eval()
+
+
+def _multiply(x: Tensor, times: int) -> None:
+    for _ in range(times):
+        x @ x
+
+
+def fitted(efforts: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """The numbers x >= 0 for which efforts @ x tells seconds best, by relative squares: least squares, leaving out what comes out negative."""
+    told = torch.tensor(seconds, dtype=torch.float64)
+    given = torch.tensor(efforts, dtype=torch.float64) / told[:, None]
+    kept = [n for n in range(given.shape[1]) if bool(given[:, n].any())]
+    while kept:
+        size = given[:, kept].norm(dim=0)
+        found = torch.linalg.lstsq(given[:, kept] / size, torch.ones(len(told), 1, dtype=torch.float64)).solution[:, 0] / size
+        least = int((found * size).argmin())
+        if found[least] >= 0:
+            return [float(found[kept.index(n)]) if n in kept else 0.0 for n in range(given.shape[1])]
+        kept.pop(least)
+    return [0.0] * given.shape[1]
