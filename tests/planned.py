@@ -14,7 +14,6 @@ from typing import Any
 
 import click
 import torch
-from tests.pool import Pool
 
 from ringctx import Layout, Ring
 from ringctx.config import Config, parse
@@ -24,9 +23,10 @@ from ringctx.huggingface import weights
 from ringctx.runtime.engine import Engine
 from ringctx.tools import planner, shapes
 from ringctx.tools.planner.predict import parts_of
+from tests.pool import Pool
 
 SMOLLM2 = "smollm2-135m-instruct"
-HEAD = """| | case | ranks | bytes of keys, planned and sent | hops | MB a rank, planned and taken | off | seconds, planned and taken | off |
+HEAD = """| | case | ranks | bytes of keys, planned and sent | hops | MB a rank, planned, taken | off | seconds, planned, taken | off |
 |---|---|---|---|---|---|---|---|---|"""
 
 
@@ -84,9 +84,7 @@ def planned(ring: Ring, case: Planned, folder: Path) -> dict[str, Any]:
     model, device = shapes.shapes_of(asked), device_of(asked.model)
     layers = list(shapes.by_layer(asked, model).values())
     found, link = planner.Here(ring, model, device, dtype_of(asked.model, device)).measure(layers, case.tokens)
-    run = planner.Asked(
-        tokens=case.tokens, ranks=ring.size, device=found, link=link, page=asked.cache.page, file=shapes.file_of(asked)
-    )
+    run = planner.Asked(tokens=case.tokens, ranks=ring.size, device=found, link=link, page=asked.cache.page, file=shapes.file_of(asked))
     options = planner.predict(model, layers, run).options
     one = next(one for one in options if (one.layout, one.transport) == (case.layout, case.transport))
     return {"bytes": one.bytes, "hops": one.hops, "memory": one.memory, "seconds": one.seconds, "device": str(found), "link": str(link)}

@@ -128,7 +128,7 @@ def plan(
     asked = configuration.load(config, overrides)
     model, between = shapes.shapes_of(asked), planner.link_of(link) if link else None
     layers = list(shapes.by_layer(asked, model).values())
-    kept = {"tokens": tokens, "page": asked.cache.page, "file": shapes.file_of(asked)}
+    kept: dict[str, Any] = {"tokens": tokens, "page": asked.cache.page, "file": shapes.file_of(asked)}
     if device != "here":
         run = planner.Asked(**kept, **_machine(asked, device, ranks or 8, between, nodes))
         return _planned(planner.predict(model, layers, run), run, as_json)

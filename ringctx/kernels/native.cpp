@@ -71,6 +71,13 @@ struct Shape {
         if (grid) return (Seen)grid[query * blocks_of(n) + key];
         return !causal || key < query ? ALL : key == query ? CUT : NONE;
     }
+    // Whether the grid shows nothing of some keys to a square of queries.
+    bool blank(int64_t query, int64_t key, int keys) const {
+        static const uint8_t none[KEYS] = {NONE};
+        for (int64_t i = query, across = blocks_of(n); grid && i < std::min(query + SQUARE, blocks_of(s)); i++)
+            if (std::memcmp(grid + i * across + key, none, std::min<int64_t>(keys, across - key))) return false;
+        return grid;
+    }
 };
 
 // -- tiles ------------------------------------------------------------------------------------------------------------------
@@ -189,18 +196,19 @@ static INLINE __m512 exp2_of(__m512 y) {
     return _mm512_scalef_ps(p, y);
 }
 
+// Sum of the products of two rows, of a multiple of 32 numbers.
+static float dot(const u16 *a, const u16 *b, int64_t width) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 32) sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
+    return _mm512_reduce_add_ps(sum);
+}
+
 // Two vectors of fp32 as 32 numbers in bf16, low first.
 static INLINE __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // Logits in base 2 with what is added to them; what is hidden is far below all others, but finite.
 static INLINE __m512 biased(__m512 y, __m512 bias) {
     return _mm512_max_ps(_mm512_fmadd_ps(bias, _mm512_set1_ps(LOG2E), y), _mm512_set1_ps(UNSEEN));
-}
-
-// The lanes of 16 columns that lie below `limit`, the first column being `at`.
-static INLINE __mmask16 below(int64_t at, int64_t limit) {
-    const int64_t seen = limit - at;
-    return seen >= 16 ? 0xffff : seen <= 0 ? 0 : (__mmask16)((1u << seen) - 1);
 }
 
 // Runs of 0 to count - 1: a place goes with the one before it where it `joins`. body: what to do with a run's first place and length.
@@ -222,9 +230,9 @@ struct Rows {
     float unit[EDGE], shrink[EDGE];
     bool shrinks;
 
-    void begin(const View &x, int64_t b, int64_t first, int64_t h, int64_t s, int64_t d) {
-        for (int64_t c = 0; c < d; c += EDGE) plain(q + c * EDGE, x.row(b, first, h) + c, x.s, (int)std::min<int64_t>(EDGE, s - first));
-        std::memset(out, 0, sizeof out), std::memset(sum, 0, sizeof sum);
+    void begin(const View &x, int64_t b, int64_t first, int64_t h, const Shape &of) {
+        for (int64_t c = 0; c < of.d; c += EDGE) plain(q + c * EDGE, x.row(b, first, h) + c, x.s, (int)std::min<int64_t>(EDGE, of.s - first));
+        std::memset(out, 0, of.e * EDGE * sizeof(float)), std::memset(sum, 0, sizeof sum);
         std::fill(unit, unit + EDGE, UNSEEN), std::fill(shrink, shrink + EDGE, 1.0f);
         shrinks = false;
     }
@@ -280,8 +288,7 @@ static __attribute__((noinline)) void grow(Rows &rows, const Row &row) {
     for (int lane = 0; lane < 16; lane++) rows.sum[row.r * 16 + lane] *= shrink;
 }
 
-// A row's weights, as plain blocks; their sums are added to the row's.
-// A row that has seen no key yet has weights of its own, which the first one that it sees takes to 0.
+// A row's weights, as plain blocks; their sums are added to the row's. Before it has seen a key, they are any, and the first one takes them to 0.
 template <typename Row>
 static INLINE void weigh(Rows &rows, const Row &row, u16 *weights) {
     if (__builtin_expect(rows.unit[row.r] < UNSEEN / 2, 0)) grow(rows, row);
@@ -312,11 +319,7 @@ static void shrink(Rows &rows, int64_t e) {
 }
 
 // One block of queries and neighbouring keys that it meets. at: which of two places its scores and weights have.
-struct Meeting {
-    int64_t query;
-    Met met;
-    int at;
-};
+struct Meeting { int64_t query; Met met; int at; };
 
 // The meetings of query blocks `first` to `last`, some keys for all of them before the next keys.
 struct Meetings {
@@ -326,7 +329,7 @@ struct Meetings {
     int at = 0;
     bool next(Meeting &found) {
         for (; key < end; key += of.keys_at_once(), query = first)
-            for (; query < last; query++) {
+            for (; query < last && !of.blank(first, key, of.keys_at_once()); query++) {
                 found = {query, Met(of, query, key), at};
                 if (!found.met.count) continue;
                 query++, at = 1 - at;
@@ -345,10 +348,9 @@ struct Forward {
 // Query blocks `first` to `last` of one head: k paired by columns, v paired by rows, as `pack` leaves them.
 // While one meeting is weighed, the one before is multiplied with its values and the next one with its keys: AMX and AVX-512 take turns
 // so often that they work at once.
-static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first,
-                   int64_t last) {
+static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first, int64_t last) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
-    for (int64_t u = first; u < last; u++) at.rows[u - first].begin(q, b, u * EDGE, h, of.s, of.d);
+    for (int64_t u = first; u < last; u++) at.rows[u - first].begin(q, b, u * EDGE, h, of);
     Meetings meetings{of, first, last, of.causal && !of.grid ? std::min(blocks_of(of.n), last) : blocks_of(of.n)};
     const auto score = [&](const Meeting &x, int i) {
         multiply(at.scores[x.at] + i * BLOCK, at.rows[x.query - first].q, BLOCK, k + x.met.block[i] * wide * BLOCK, BLOCK, wide, false);
@@ -370,14 +372,10 @@ static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, co
         for (int64_t r = 0, done = 0; r < EDGE; r++) {
             for (; done * EDGE < products * (r + 1); done++) done < old ? collect(before, (int)done) : score(next, (int)done - old);
             const float *bias = of.bias.row(b, h, std::min(now.query * EDGE + r, of.s - 1));
-            const float *scores = at.scores[now.at];
-            u16 *weights = at.weights[now.at];
-            if (bias || of.scale <= 0)
-                weigh(rows, Row<false, false>{scores, bias, (int)r, now.met, scale}, weights);
-            else if (now.met.whole)
-                weigh(rows, Row<true, true>{scores, bias, (int)r, now.met, scale}, weights);
-            else
-                weigh(rows, Row<true, false>{scores, bias, (int)r, now.met, scale}, weights);
+            const auto weighed = [&](auto row) { weigh(rows, row, at.weights[now.at]); };
+            if (bias || of.scale <= 0) weighed(Row<false, false>{at.scores[now.at], bias, (int)r, now.met, scale});
+            else if (now.met.whole) weighed(Row<true, true>{at.scores[now.at], bias, (int)r, now.met, scale});
+            else weighed(Row<true, false>{at.scores[now.at], bias, (int)r, now.met, scale});
         }
         if (rows.shrinks) shrink(rows, of.e);
         before = now, now = next, is_before = true, is_now = is_next;
@@ -429,7 +427,7 @@ static void differentiate(const float *scores, const float *slopes, const float 
                 const __m512 score = _mm512_load_ps(scores + at), unit = _mm512_load_ps(lse + half * 16);
                 const auto with_bias = [&] { return biased(_mm512_mul_ps(score, scales), _mm512_load_ps(bias + (r + odd) * EDGE + half * 16)); };
                 p[half] = exp2_of(bias ? _mm512_sub_ps(with_bias(), unit) : _mm512_fmsub_ps(score, scales, unit));
-                if (DIAGONAL) p[half] = _mm512_maskz_mov_ps((__mmask16)~below(half * 16, r + odd), p[half]);  // seen by queries from the key on
+                if (DIAGONAL) p[half] = _mm512_maskz_mov_ps((__mmask16)(~0u << (r + odd) >> half * 16), p[half]);  // seen by queries from the key on
                 ds[half] = _mm512_mul_ps(p[half], _mm512_sub_ps(_mm512_load_ps(slopes + at), _mm512_load_ps(delta + half * 16)));
             }
             rows[odd] = halves(ds[0], ds[1]);
@@ -519,7 +517,7 @@ static void unpack_transposed(float *to, int64_t stride, const float *sums, int6
 
 // One key head of one sequence, and all query heads that share it.
 static void differentiate_head(Backward &at, Packed &x, const Shape &of, const View &q, const View &k, const View &v, const View &dout,
-                               const float *lse, const float *delta, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
+                               const View &out, const float *lse, const float *dlse, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
     const int64_t share = of.h / of.g;
     pack(plain, x.k.at, k, b, g, of.n, of.d), pack(plain_transpose, x.k_transposed.at, k, b, g, of.n, of.d);
     pack(plain, x.v.at, v, b, g, of.n, of.e);
@@ -530,11 +528,12 @@ static void differentiate_head(Backward &at, Packed &x, const Shape &of, const V
         for (int64_t i = 0; i < (int64_t)x.lse.size; i++) {
             const int64_t row = (b * of.s + i) * of.h + h;
             x.lse.at[i] = i < of.s ? lse[row] * LOG2E : -UNSEEN;  // rows that are not there weigh 0
-            x.delta.at[i] = i < of.s ? delta[row] : 0.0f;
+            x.delta.at[i] = i < of.s ? dot(dout.row(b, i, h), out.row(b, i, h), of.e) - (dlse ? dlse[row] : 0.0f) : 0.0f;
         }
         x.dq.zero();
         for (int64_t key = 0; key < blocks_of(of.n); key += SQUARE)
-            for (int64_t query = of.causal && !of.grid ? key : 0; query < blocks_of(of.s); query += SQUARE) square(at, of, x, b, h, key, query);
+            for (int64_t query = of.causal && !of.grid ? key : 0; query < blocks_of(of.s); query += SQUARE)
+                if (!of.blank(query, key, SQUARE)) square(at, of, x, b, h, key, query);
         unpack_transposed(dq + (b * of.s * of.h + h) * of.d, of.h * of.d, x.dq.at, of.s, of.d, of.scale);
     }
     unpack(dk + (b * of.n * of.g + g) * of.d, of.g * of.d, x.dk.at, of.n, of.d, of.scale);
@@ -577,15 +576,16 @@ void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias
     }
 }
 
-// strides: of q, k, v, bias, dout. lse and delta (b s h), dq (b s h d), dk (b n g d), dv (b n g e), contiguous fp32.
+// strides: of q, k, v, bias, dout, out. lse, dlse (b s h) or null, dq (b s h d), dk (b n g d), dv (b n g e): contiguous fp32.
 // A thread takes a key head of a sequence at a time.
-void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const u16 *dout,
-                      const int64_t *strides, const float *lse, const float *delta, const int64_t *sizes, float scale, int threads, float *dq,
+void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const u16 *dout, const u16 *out,
+                      const int64_t *strides, const float *lse, const float *dlse, const int64_t *sizes, float scale, int threads, float *dq,
                       float *dk, float *dv) {
     const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, grid, scale,
                    {bias, strides[9], strides[10], strides[11]}};
     const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]};
     const View v_{v, strides[6], strides[7], strides[8]}, dout_{dout, strides[12], strides[13], strides[14]};
+    const View out_{out, strides[15], strides[16], strides[17]};
 #pragma omp parallel num_threads(threads)
     {
         const Registers registers;
@@ -593,7 +593,7 @@ void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bia
         Packed packed(blocks_of(of.s) * EDGE, blocks_of(of.n) * EDGE, of.d, of.e);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < of.b * of.g; i++)
-            differentiate_head(*at, packed, of, q_, k_, v_, dout_, lse, delta, dq, dk, dv, i / of.g, i % of.g);
+            differentiate_head(*at, packed, of, q_, k_, v_, dout_, out_, lse, dlse, dq, dk, dv, i / of.g, i % of.g);
     }
 }
 }

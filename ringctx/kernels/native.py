@@ -85,15 +85,13 @@ class Native:
             return no_gradient(q, k, v)
         if q.shape[1] < EDGE:
             return self._few.backward(dout, q, k, v, out, lse, scores, dlse)
-        delta = (dout.float() * out.float()).sum(-1)
-        if dlse is not None:
-            delta -= dlse
-        given, dout, bias = [unit_stride(x) for x in (q, k, v)], unit_stride(dout.to(q.dtype)), _bias(q, k, scores)
-        grid = _grid(q, k, tiles)
+        given, bias, grid = [unit_stride(x) for x in (q, k, v)], _bias(q, k, scores), _grid(q, k, tiles)
+        dout, out = (unit_stride(x.to(q.dtype)) for x in (dout, out))
         grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
         rows = rows_of_lse(lse).float().contiguous()
         _call(
-            *("ringctx_backward", *given, bias, grid, dout, _strides(*given, bias, dout), rows, delta.contiguous()),
+            *("ringctx_backward", *given, bias, grid, dout, out, _strides(*given, bias, dout, out), rows),
+            None if dlse is None else dlse.float().contiguous(),
             *(_sizes(q, k, v, scores, bias), scores.scale, torch.get_num_threads(), *grads),
         )
         dq, dk, dv = grads

@@ -89,7 +89,7 @@ PATHS = (
         },
     ),
     GpuPath(
-        "device.py, config.py, tools/doctor.py, tools/bench/ (case, measure)",
+        "device.py, config.py, tools/doctor.py, tools/bench/ (case, measure), tools/planner/here.py",
         "which device a rank takes, in which numbers, and what it says of itself",
         {"same code on CPUs": (f"{UNIT}runtime.py", f"{RANKS}floors.py"), "on a GPU": ()},
     ),

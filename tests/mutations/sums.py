@@ -104,8 +104,8 @@ SUMS = (
     Mutation(
         "sink_outside_lse",
         CORE + "partial.py",
-        "self.lse = whole",
-        "del whole",
+        "unsqueeze(-1)), whole",
+        "unsqueeze(-1)), self.lse",
         "the sink shrinks out but is missing from lse, so backward does not know of it",
         exact("sink"),
     ),

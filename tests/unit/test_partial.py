@@ -20,7 +20,7 @@ def some(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def merged(*parts: tuple[torch.Tensor, torch.Tensor]) -> Partial:
     total = Partial.empty(SHAPE, torch.float64, torch.device("cpu"))
     for out, lse in parts:
-        total.merge_(out, lse)
+        total.merge_(out.clone(), lse.clone())
     return total
 
 
@@ -89,3 +89,14 @@ def test_merging_into_rows_leaves_the_others_alone():
     both = merged((out, lse), (more, log))
     assert torch.equal(total.out[:, 3:], out[:, 3:])
     torch.testing.assert_close(total.out[:, 1:3], both.out[:, 1:3])
+
+
+def test_a_first_part_of_all_rows_is_taken_as_it_is_and_one_of_some_rows_is_not():
+    out, lse = some(1)
+    whole = Partial.empty(SHAPE, torch.float64, torch.device("cpu"))
+    whole.rows(0, 5).merge_(out, lse)
+    assert whole.out.data_ptr() == out.data_ptr()
+    part = Partial.empty(SHAPE, torch.float64, torch.device("cpu"))
+    part.rows(1, 3).merge_(out[:, 1:3], lse[:, 1:3])
+    assert torch.equal(part.out[:, 1:3], out[:, 1:3]) and not part.out[:, 3:].any() and part.out.data_ptr() != out.data_ptr()
+    assert bool((part.lse[:, :1] == -torch.inf).all())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,14 +27,14 @@ def asked(tokens: int, ranks: int, **more: int) -> Asked:
 
 @pytest.mark.parametrize("pattern", [causal(), causal() & (window(50) | sinks(3))])
 def test_bytes_hops_and_balance_are_the_plans(pattern: Pattern) -> None:
-    found = predict(SMALL, {Attention(pattern): 3}, asked(700, 5))
+    found = predict(SMALL, [Attention(pattern)] * 3, asked(700, 5))
     assert {(one.layout, one.transport) for one in found.options} == {
         (layout, transport) for layout in ("zigzag", "contiguous", "striped") for transport in ("rotate", "fetch", "gather")
     }
     for one in found.options:
         layout = getattr(Layout, one.layout)(700, 5)
         plans = [make_plan((pattern,), layout, layout, rank, one.transport) for rank in range(5)]
-        assert one.bytes == 3 * sum(plan.tokens_sent for plan in plans) * 2 * 2 * 16 * 2
+        assert one.bytes == 2 * sum(plan.tokens_sent for plan in plans) * 2 * 2 * 16 * 2  # of the last layer nothing is attended to
         assert one.hops == max(len(plan.hops) for plan in plans)
         costs = [plan.cost for plan in plans]
         assert one.imbalance == pytest.approx(max(costs) * 5 / sum(costs))
@@ -43,8 +42,8 @@ def test_bytes_hops_and_balance_are_the_plans(pattern: Pattern) -> None:
 
 def test_layers_add_up() -> None:
     whole, windowed = Attention(causal()), Attention(causal() & window(50))
-    both = predict(SMALL, Counter({whole: 1, windowed: 2}), asked(700, 4), ["zigzag"])
-    alone = [predict(SMALL, {one: 1}, asked(700, 4), ["zigzag"]) for one in (whole, windowed)]
+    both = predict(SMALL, [whole, windowed, windowed, whole], asked(700, 4), ["zigzag"])
+    alone = [predict(SMALL, [one] * 2, asked(700, 4), ["zigzag"]) for one in (whole, windowed)]
     for one in both.options:
         parts = [next(x for x in found.options if x.transport == one.transport) for found in alone]
         assert one.bytes == parts[0].bytes + 2 * parts[1].bytes
@@ -53,7 +52,7 @@ def test_layers_add_up() -> None:
 
 def test_the_first_is_as_quick_as_any_and_a_window_is_read_contiguously() -> None:
     for pattern, tokens in ((causal(), 100_000), (causal() & window(1000), 100_000)):
-        found = predict(KNOWN["llama-3-8b"], {Attention(pattern): 32}, asked(tokens, 8))
+        found = predict(KNOWN["llama-3-8b"], [Attention(pattern)] * 32, asked(tokens, 8))
         assert found.best.seconds["total"] <= 1.01 * min(one.seconds["total"] for one in found.options)
         assert found.best.layout == ("zigzag" if pattern == causal() else "contiguous")
 
@@ -65,13 +64,13 @@ def test_the_first_is_as_quick_as_any_and_a_window_is_read_contiguously() -> Non
 def test_published_runs_of_llama_405b(tokens: int, ranks: int, published: float, error: float) -> None:
     """Seconds of prefill in rows of 8 H100 (Yang et al. 2024, arXiv 2411.01783, of pass-KV); nothing was fitted to them."""
     shapes = KNOWN["llama-3-405b"]
-    found = predict(shapes, {Attention(): shapes.layers}, asked(tokens, ranks, tensor=8), ["zigzag"])
+    found = predict(shapes, [Attention()] * shapes.layers, asked(tokens, ranks, tensor=8), ["zigzag"])
     assert found.best.seconds["total"] == pytest.approx(published, rel=error)
 
 
 def test_a_hundred_million_tokens_are_planned() -> None:
     began = time.perf_counter()
-    found = predict(KNOWN["llama-3-8b"], {Attention(): 32}, asked(100_000_000, 64, nodes=8), ["zigzag"])
+    found = predict(KNOWN["llama-3-8b"], [Attention()] * 32, asked(100_000_000, 64, nodes=8), ["zigzag"])
     assert found.best.imbalance == pytest.approx(1, abs=1e-3) and found.best.seconds["total"] > 1000
     assert time.perf_counter() - began < 60
 
@@ -82,6 +81,7 @@ def test_shapes_are_those_of_the_model_that_is_trained() -> None:
     shapes = shapes_of(config)
     assert (shapes.layers, shapes.heads, shapes.key_heads, shapes.width, shapes.trained) == (2, 4, 2, 16, 32)
     assert shapes.layer_params == 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128
+    assert shapes.read_params == shapes.layer_params + 64 * 64 + 64 * 32 * 2
     layers = by_layer(config, shapes)
     assert [layer.pattern for layer in layers.values()] == [causal(), causal() & window(8)]
     with pytest.raises(ConfigError, match="once a text is read"):
@@ -107,6 +107,7 @@ def test_the_command_tells_and_prints_json(tmp_path: Path, capsys: pytest.Captur
     [
         (["--device", "abacus"], "There is no device 'abacus'"), (["--link", "rope"], "gigabytes a second"),
         (["--nodes", "3", "--ranks", "4"], "equal runs"), (["--nodes", "2", "--ranks", "4"], "--link"),
+        (["--device", "here", "--nodes", "2"], "ranks of one machine"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_refused(more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

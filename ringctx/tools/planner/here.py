@@ -10,7 +10,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -140,7 +142,7 @@ class Here:
         """Between neighbours, all of them sending at once; and the share of a message's time that a rank can compute in."""
         if self.ring.size == 1:
             return Link(0.0, 1e12), 1.0
-        small, large = (self._seconds(lambda size=size: self._send(size)()) for size in (SMALL, LARGE))
+        small, large = (self._seconds(partial(self._sent, size)) for size in (SMALL, LARGE))
         link = Link(small, LARGE / max(large - small, 1e-9))
         x = torch.randn(256, 256, device=self.device)
         once = self._seconds(lambda: _multiply(x, 8)) / 8
@@ -161,6 +163,9 @@ class Here:
         out, into = (torch.zeros(size, dtype=torch.uint8, device=self.device) for _ in range(2))
         receive, send = Message((ring.rank - 1) % ring.size, (into,)), Message((ring.rank + 1) % ring.size, (out,))
         return ring.exchange("probe", "a measured message", [receive], [send]).wait
+
+    def _sent(self, size: int) -> None:
+        self._send(size)()
 
     def _edge(self) -> int | None:
         s = self.shapes
@@ -196,7 +201,7 @@ class Here:
         return float(found) / self.ring.size
 
 
-def _random(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def _random(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Any:
     """LAYERS layers of a decoder with gated MLPs of these shapes, and hardly a vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -214,7 +219,7 @@ def _multiply(x: Tensor, times: int) -> None:
 
 
 def fitted(efforts: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """The numbers x >= 0 for which efforts @ x tells seconds best, by relative squares: least squares, leaving out what comes out negative."""
+    """The numbers x >= 0 for which efforts @ x tells seconds best, by relative squares: what would come out negative is left out."""
     told = torch.tensor(seconds, dtype=torch.float64)
     given = torch.tensor(efforts, dtype=torch.float64) / told[:, None]
     kept = [n for n in range(given.shape[1]) if bool(given[:, n].any())]

@@ -1,0 +1,43 @@
+"""What `plan --device here` measures is the same on all ranks, and what it says of bytes is what reading sends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ringctx import Ring
+from ringctx.config import parse
+from ringctx.huggingface import weights
+from ringctx.runtime.engine import Engine
+from ringctx.tools import planner, shapes
+from ringctx.tools.planner import Option
+from tests.pool import Pool
+
+TOKENS = 700
+ASKED = {"causal": "{}", "window": "{window: 100}", "sinks": "{window: 64, sinks: 3}", "layers": "[{layers: 1, window: 50}, {}]"}
+
+
+def told_and_sent(ring: Ring, path: Path, attention: str, way: tuple[str, str]) -> tuple[Option, int, str]:
+    """What is planned of a layout and transport; bytes of keys that reading sends; and the device."""
+    kind, transport = way
+    text = f"model: {{path: '{path}', device: cpu, dtype: float32}}\nlayout: {{kind: {kind}}}\nring: {{transport: {transport}}}"
+    config = parse(f"{text}\nattention: {attention}")
+    model = shapes.shapes_of(config)
+    layers = list(shapes.by_layer(config, model).values())
+    found, link = planner.Here(ring, model, torch.device("cpu"), torch.float32).measure(layers, TOKENS)
+    run = planner.Asked(tokens=TOKENS, ranks=ring.size, device=found, link=link)
+    options = planner.predict(model, layers, run).options
+    engine = Engine.load(config, ring)
+    engine.read([n % 200 + 5 for n in range(TOKENS)])
+    return next(one for one in options if (one.layout, one.transport) == way), engine.ring.traffic.sent["keys"], f"{found} {link}"
+
+
+@pytest.mark.parametrize("attention", ASKED)
+@pytest.mark.parametrize("way", [("zigzag", "rotate"), ("contiguous", "fetch"), ("striped", "gather")], ids=str)
+def test_bytes_are_those_that_reading_sends(pool: Pool, attention: str, way: tuple[str, str]) -> None:
+    ranks = pool.run(told_and_sent, weights.checkpoint("random-tiny"), ASKED[attention], way, size=3, timeout=120.0)
+    assert sum(sent for _, sent, _ in ranks) == ranks[0][0].bytes > 0
+    assert len({device for *_, device in ranks}) == 1
+    assert 0 < ranks[0][0].seconds["total"] < 60
