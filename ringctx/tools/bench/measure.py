@@ -1,6 +1,6 @@
 """Efficiency and accuracy of the ring against torch's own attention, side by side in one run.
 
-The anchor is one process with as many threads as there are ranks, torch's scaled_dot_product_attention on the whole
+The anchor is one process with as many threads as there are ranks, cores at most, torch's scaled_dot_product_attention on the whole
 sequence; the ring is that many ranks of one thread each, on the same tensors. Both are timed in turn, in every round, so
 that a machine that slows down slows both; medians are reported. Rank 0 runs the anchor while the others sleep in a receive.
 On GPUs, one a rank, the anchor is one of them, whose time the ring's ranks are asked to divide among them.
@@ -11,6 +11,7 @@ too; a peer that is wrong or breaks off is not timed.
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def measure(
         if case.carry:
             anchors.append(timed(plain, mine))
         elif ring.rank == 0:
-            torch.set_num_threads(ring.size)
+            torch.set_num_threads(min(ring.size, len(os.sched_getaffinity(0))))
             shares = ring.size if device.type == "cuda" else 1
             forward, backward = timed(sdpa, [q, k, v, dout])
             anchors.append((forward / shares, backward / shares))
