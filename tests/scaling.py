@@ -1,4 +1,8 @@
-"""`python -m tests.scaling`: processor time a token from 1 to 8 ranks, and memory a call takes besides its tensors, as Markdown."""
+"""`python -m tests.scaling`: processor time from 1 to 8 ranks, and memory a call takes besides its tensors, as Markdown.
+
+With as many tokens a rank, a window shows more pairs a token the more ranks there are, since the first tokens see few; so time is also
+given for a pair that is seen.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from ringctx import patterns as p
 from tests.pool import Pool
 from tests.training_memory import highest, resident
 
-HEADS, WIDTH = 8, 64
-HEADS_OF_TABLE = """| ranks | window 1,024, as many tokens a rank: CPU ms a 1,000 tokens | causal, as many tokens in all: CPU ms a call |
-|---|---|---|"""
+HEADS, WIDTH, WINDOW = 8, 64, 1024
+HEADS_OF_TABLE = """| ranks | window 1,024, as many tokens a rank: ms a 1,000 tokens | ns a pair | causal, as many in all: ms a call |
+|---|---|---|---|"""
 
 
 def call(ring: Ring, tokens: int, attention: Attention, dtype: torch.dtype) -> None:
@@ -66,12 +70,13 @@ def main(tokens: int, dtype: str, rounds: int) -> None:
     with Pool(ring_timeout=120.0, first=8) as pool:
         click.echo(HEADS_OF_TABLE)
         for size in (1, 2, 4, 8):
-            cells = []
-            for window, whole in ((1024, tokens * size), (0, 8 * tokens)):
+            found = []
+            for window, whole in ((WINDOW, tokens * size), (0, 8 * tokens)):
                 ranks = pool.run(processor_seconds, whole, window, dtype, rounds, size=size, timeout=900.0)
-                total = statistics.median(map(sum, zip(*ranks, strict=True)))
-                cells.append(1000 * total / (whole / 1000 if window else 1))
-            click.echo(f"| {size} | {cells[0]:.2f} | {cells[1]:.0f} |")
+                found.append(statistics.median(map(sum, zip(*ranks, strict=True))))
+            pairs = HEADS * sum(min(n + 1, WINDOW) for n in range(tokens * size))
+            by_pair, by_token = 1e9 * found[0] / pairs, 1e6 * found[0] / (tokens * size)
+            click.echo(f"| {size} | {by_token:.1f} | {by_pair:.2f} | {1000 * found[1]:.0f} |")
     with Pool(ring_timeout=120.0, first=2) as pool:
         found = pool.run(extra_memory, 8192, dtype, size=2)
         click.echo(f"\nMemory besides the tensors, 8,192 tokens on 2 ranks, causal, forward and backward: {max(found):.0f} MB a rank")

@@ -1,7 +1,8 @@
 """Here: what the ranks of this machine can do, measured for some seconds while all of them work, as a device and a link to plan for.
 
-Knows rings, kernels and a layer of the model with random weights. Every figure is the mean over ranks of the median over rounds, of work
-that is small beside what is planned; only what is not attention is measured with as many tokens as a rank will have, up to MOST.
+Knows rings, kernels and layers of the model with random weights. Ranks wait for each other in every layer, so of a round the slowest
+counts, and of rounds the median. Work is small beside what is planned; only what is not attention is measured with as many tokens as a
+rank will have, up to MOST.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ringctx.huggingface import wrap
 from ringctx.kernels.base import Call
 from ringctx.patterns import causal, window
 from ringctx.runtime.cache import KVCache
-from ringctx.tools.bench.case import finish, meet
+from ringctx.tools.bench.case import finish, meet, slowest
 from ringctx.tools.planner.machine import Device, Effort
 from ringctx.tools.planner.predict import parts_of
 from ringctx.tools.planner.simulate import Link
@@ -39,7 +40,7 @@ from ringctx.tools.shapes import Shapes
 ROUNDS = 5
 MOST = 4096
 """Tokens of a sample."""
-LAYERS = 3
+LAYERS = 6
 """Of the model with random weights."""
 MASKED = Attention(causal() & window(97))
 """What masked tiles are measured with, besides what is asked for."""
@@ -59,16 +60,14 @@ class Here:
         keep_freed_memory()
         own = min(MOST, max(1, tokens // self.ring.size))
         base = held_memory(self.device)
-        layers, activations = self._layers(own)
+        rest, activations = self._rest(own)
         edge = self._edge()
         known = Device(name="", memory=0, attention=Effort(0, 0, 0, 0, 0), linear=0, edge=edge)
         attention = self._attention(known, [Attention(), MASKED, *attentions], own)
-        effort = self._effort(known, Attention(), Layout.contiguous(own, 1))
-        rest = max(layers - LAYERS * sum(a * b for a, b in zip(effort, attention, strict=True)), layers / 20)
         link, hidden = self._link()
         device = Device(
             name=f"a rank here, of {self.ring.size}", memory=self._memory(), attention=attention,
-            linear=2 * LAYERS * self.shapes.layer_params * own / rest, edge=edge, call=self._call(), post=0.0, hidden=hidden,
+            linear=2 * self.shapes.layer_params * own / rest, edge=edge, call=self._call(), post=0.0, hidden=hidden,
             slow=self._slow(own), item=self.dtype.itemsize, base=self._mean(base), activations=self._mean(activations),
             source=f"{ROUNDS} rounds of measuring this machine, all {self.ring.size} ranks at once",
         )  # fmt: skip
@@ -76,8 +75,8 @@ class Here:
 
     # -- what is measured -------------------------------------------------------------------------------------------
 
-    def _layers(self, tokens: int) -> tuple[float, float]:
-        """Seconds of LAYERS layers over so many tokens of a rank alone, and bytes a token that they take besides weights and keys."""
+    def _rest(self, tokens: int) -> tuple[float, float]:
+        """Seconds of what is not attention in a layer over so many tokens, and bytes a token that LAYERS take besides weights and keys."""
         model, lone, layout = _random(self.shapes, self.device, self.dtype), Ring.alone(), Layout.contiguous(tokens, 1)
         context = wrap(model, lone, Attention())
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
@@ -94,7 +93,9 @@ class Here:
         read()
         keys = LAYERS * tokens * self.shapes.values_a_token * self.dtype.itemsize
         activations = max(peak_memory(self.device) - before - keys, 0) / tokens
-        return self._seconds(read), activations
+        attends = self._attends(Attention(), layout)
+        rests = [whole - LAYERS * attending for whole, attending in self._turns(read, attends)]
+        return max(statistics.median(rests) / LAYERS, 1e-9), activations
 
     def _attention(self, known: Device, attentions: Sequence[Attention], own: int) -> Effort:
         """Seconds of each part of an effort, such that they tell those of these attentions at some lengths best."""
@@ -182,17 +183,23 @@ class Here:
     # -- how --------------------------------------------------------------------------------------------------------
 
     def _seconds(self, work: Callable[[], object], many: int | None = None) -> float:
-        """Of work that the first `many` ranks do at once, all by default: the mean over these of medians."""
-        many = self.ring.size if many is None else many
-        taken = []
+        """Of work that the first `many` ranks do at once, all by default."""
+        return float(statistics.median(seconds for (seconds,) in self._turns(work, many=many)))
+
+    def _turns(self, *works: Callable[[], object], many: int | None = None) -> list[Any]:
+        """Of each round the seconds of each of these, on the slowest rank."""
+        is_busy, rounds = many is None or self.ring.rank < many, []
         for _ in range(ROUNDS + 1):
-            meet(self.ring, self.device)
-            began = time.perf_counter()
-            if self.ring.rank < many:
-                work()
-                finish(self.device)
-            taken.append(time.perf_counter() - began)
-        return self._mean(statistics.median(taken[1:]) if self.ring.rank < many else 0.0) * self.ring.size / many
+            taken = []
+            for work in works:
+                meet(self.ring, self.device)
+                began = time.perf_counter()
+                if is_busy:
+                    work()
+                    finish(self.device)
+                taken.append(time.perf_counter() - began if is_busy else 0.0)
+            rounds.append(tuple(taken))
+        return slowest(self.ring, rounds[1:], self.device)
 
     def _mean(self, number: float) -> float:
         found = torch.tensor([number], dtype=torch.float64, device=self.device)
