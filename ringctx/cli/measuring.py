@@ -39,6 +39,8 @@ def doctor(as_json: bool) -> int:
 @click.option("--transport", "transports", multiple=True, help="rotate and heads by default, with a carry rotate; may be repeated.")
 @click.option("--carry", type=click.Choice(["none", "selective"]), default="none", help="Time a carry against the same ring without.")
 @click.option("--kernel", "kernels", multiple=True, default=("auto",), show_default=True, help="Of the ring; may be repeated.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, help="Equal runs of ranks between which a double ring passes keys once.")
+@click.option("--heads", type=click.IntRange(min=1), default=1, help="Consecutive ranks that trade heads for tokens, around rings.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="The median of so many is reported.")
 @click.option("--floors", is_flag=True, help="Time kernels alone and messages alone in every round too, and how much of them is hidden.")
 @click.option("--trace", type=click.Path(path_type=Path), help="A folder for a timeline of each rank, for `ringctx show --trace`.")
@@ -54,6 +56,8 @@ def bench(
     transports: tuple[str, ...],
     carry: str,
     kernels: tuple[str, ...],
+    nodes: int,
+    heads: int,
     rounds: int,
     floors: bool,
     trace: Path | None,
@@ -63,7 +67,7 @@ def bench(
     """Time the ring against torch's own attention on the same tensors, as docs/results does."""
     if not launch.is_rank() and (ranks or 2) > 1:
         return launch.run(ranks or 2, typed.arguments)
-    with ring_of(Config(), ranks, typed.level) as ring:
+    with ring_of(Config(), ranks, typed.level, heads=heads, nodes=nodes) as ring:
         import torch
 
         from ringctx.methods.selective import Selective

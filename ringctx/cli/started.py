@@ -64,8 +64,8 @@ def launched(num_ranks: int, config: Config, typed: Typed) -> int:
 
 
 @contextmanager
-def ring_of(config: Config, ranks: int | None, level: str) -> Iterator[Ring]:
-    """The ring of this process, alone or with the ranks that a launcher started."""
+def ring_of(config: Config, ranks: int | None, level: str, *, heads: int = 1, nodes: int = 1) -> Iterator[Ring]:
+    """The ring of this process, alone or with the ranks that a launcher started, folded so."""
     from ringctx.core.ring import Ring, job_store
     from ringctx.runtime import pulse
 
@@ -73,7 +73,7 @@ def ring_of(config: Config, ranks: int | None, level: str) -> Iterator[Ring]:
     if launch.is_rank() and ranks is not None and ranks != size:
         raise ConfigError(f"--ranks {ranks} was given, but torchrun started {size} ranks; leave --ranks out under torchrun.")
     logs.install(int(os.environ.get("RANK", "0")), size, level=level)
-    with Ring.from_env(timeout=config.ring.timeout, strict=config.ring.strict) as ring:
+    with Ring.from_env(timeout=config.ring.timeout, strict=config.ring.strict, heads=heads, nodes=nodes) as ring:
         beating = pulse.watch(job_store("pulse"), ring.rank, ring.size, _lose) if ring.size > 1 else nullcontext()
         with beating:
             yield ring
