@@ -82,11 +82,8 @@ struct Shape {
 
 // -- tiles ------------------------------------------------------------------------------------------------------------------
 
-// Ask the kernel for AMX's registers, once a process; false where it has none.
-static bool permitted() {
-    static const bool is = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-    return is;
-}
+// Ask the kernel for AMX's registers; false where it has none. 0x1023, 18: ARCH_REQ_XCOMP_PERM, XTILEDATA.
+static bool permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 // Eight registers of 16 rows of 64 bytes, for as long as this lives; each thread has its own.
 struct Registers {
@@ -99,18 +96,20 @@ struct Registers {
 };
 
 // sums (+)= the n products of plain blocks a, a + step_a, ... with paired blocks b, b + step_b, ...
-static INLINE void multiply(float *sums, const u16 *a, int step_a, const u16 *b, int step_b, int n, bool add) {
-    if (add) {
-        _tile_loadd(0, sums, 64); _tile_loadd(1, sums + 512, 64); _tile_loadd(2, sums + 256, 64); _tile_loadd(3, sums + 768, 64);
-    } else {
-        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    }
+// meanwhile: what AVX-512 does after each product of registers, four times n. In turns as close as these both units work at once.
+template <typename Meanwhile>
+static INLINE void multiply(float *sums, const u16 *a, int step_a, const u16 *b, int step_b, int n, bool add, Meanwhile &&meanwhile) {
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    if (add) { _tile_loadd(0, sums, 64); _tile_loadd(1, sums + 512, 64); _tile_loadd(2, sums + 256, 64); _tile_loadd(3, sums + 768, 64); }
     for (int i = 0; i < n; i++, a += step_a, b += step_b) {
-        _tile_loadd(4, a, 64); _tile_loadd(5, a + 512, 64); _tile_loadd(6, b, 64); _tile_loadd(7, b + 512, 64);
-        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+        _tile_loadd(4, a, 64); _tile_loadd(6, b, 64); _tile_dpbf16ps(0, 4, 6); meanwhile();
+        _tile_loadd(7, b + 512, 64); _tile_dpbf16ps(1, 4, 7); meanwhile();
+        _tile_loadd(5, a + 512, 64); _tile_dpbf16ps(2, 5, 6); meanwhile();
+        _tile_dpbf16ps(3, 5, 7); meanwhile();
     }
     _tile_stored(0, sums, 64); _tile_stored(1, sums + 512, 64); _tile_stored(2, sums + 256, 64); _tile_stored(3, sums + 768, 64);
 }
+static const auto nothing = [] {};
 
 // -- blocks from rows -----------------------------------------------------------------------------------------------------------
 
@@ -124,10 +123,8 @@ static void plain(u16 *block, const u16 *from, int64_t stride, int rows) {
 static void paired(u16 *block, const u16 *from, int64_t stride, int rows) {
     for (int half = 0; half < 2; half++)
         for (int i = 0; i < 16; i++, block += EDGE) {
-            auto row = [&](int r) {
-                return r < rows ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(from + r * stride + half * 16)))
-                                : _mm512_setzero_si512();
-            };
+            const auto numbers = [&](int r) { return _mm256_loadu_si256((const __m256i *)(from + r * stride + half * 16)); };
+            const auto row = [&](int r) { return r < rows ? _mm512_cvtepu16_epi32(numbers(r)) : _mm512_setzero_si512(); };
             _mm512_storeu_si512(block, _mm512_or_si512(row(2 * i), _mm512_slli_epi32(row(2 * i + 1), 16)));
         }
 }
@@ -214,10 +211,8 @@ static INLINE __m512 biased(__m512 y, __m512 bias) {
 // Runs of 0 to count - 1: a place goes with the one before it where it `joins`. body: what to do with a run's first place and length.
 template <typename Joins, typename Body>
 static INLINE void runs(int count, Joins joins, Body body) {
-    for (int first = 0, next; first < count; first = next) {
-        for (next = first + 1; next < count && joins(next); next++) {}
-        body(first, next - first);
-    }
+    for (int first = 0, next = 1; first < count; next++)
+        if (next == count || !joins(next)) body(first, next - first), first = next;
 }
 
 // -- forward ------------------------------------------------------------------------------------------------------------------------
@@ -229,7 +224,6 @@ struct Rows {
     alignas(64) float sum[EDGE * 16];  // of each row, lane by lane
     float unit[EDGE], shrink[EDGE];
     bool shrinks;
-
     void begin(const View &x, int64_t b, int64_t first, int64_t h, const Shape &of) {
         for (int64_t c = 0; c < of.d; c += EDGE) plain(q + c * EDGE, x.row(b, first, h) + c, x.s, (int)std::min<int64_t>(EDGE, of.s - first));
         std::memset(out, 0, of.e * EDGE * sizeof(float)), std::memset(sum, 0, sizeof sum);
@@ -257,14 +251,14 @@ struct Met {
 };
 
 // Row r of scores [block][half][row][16], in base 2: logits, with their bias, from a vector on. What is hidden is far below all others.
-// bias: of the row, or nowhere. PLAIN: there is none, and the scale is positive. WHOLE: no key of these blocks is hidden.
+// first: of the rows' bias, `step` apart and `last` the last, or nowhere. PLAIN: there is none, and the scale is positive. WHOLE: no key is hidden.
 template <bool PLAIN, bool WHOLE>
 struct Row {
-    const float *scores, *bias;
-    int r;
+    const float *scores, *first;
+    int64_t step, last;
     const Met &met;
     __m512 scale;
-
+    int r = 0;
     __m512 score(int i) const {
         const __m512 found = _mm512_load_ps(scores + i * 512 + r * 16);
         if (PLAIN && WHOLE) return found;
@@ -272,7 +266,7 @@ struct Row {
         const __mmask16 here = (__mmask16)(lanes >> i % 2 * 16);
         if (PLAIN) return _mm512_mask_mov_ps(_mm512_set1_ps(UNSEEN) / scale, here, found);
         const __m512 y = _mm512_mask_mul_ps(_mm512_set1_ps(UNSEEN), here, found, scale);
-        return bias ? biased(y, _mm512_maskz_loadu_ps(here, bias + met.block[i / 2] * EDGE + i % 2 * 16)) : y;
+        return first ? biased(y, _mm512_maskz_loadu_ps(here, first + std::min<int64_t>(r, last) * step + met.block[i / 2] * EDGE + i % 2 * 16)) : y;
     }
     __m512 above(int i, __m512 unit) const { return PLAIN ? _mm512_fmsub_ps(score(i), scale, unit) : _mm512_sub_ps(score(i), unit); }
 };
@@ -288,31 +282,43 @@ static __attribute__((noinline)) void grow(Rows &rows, const Row &row) {
     for (int lane = 0; lane < 16; lane++) rows.sum[row.r * 16 + lane] *= shrink;
 }
 
-// A row's weights, as plain blocks; their sums are added to the row's. Before it has seen a key, they are any, and the first one takes them to 0.
+// The weights of a meeting's rows, as plain blocks, 32 numbers at a time; their sums are added to the rows'. Before a row has seen a key, they
+// are any, and the first one takes them to 0. A turn is as much as has to be done by then, if all is to be done after so many turns.
 template <typename Row>
-static INLINE void weigh(Rows &rows, const Row &row, u16 *weights) {
-    if (__builtin_expect(rows.unit[row.r] < UNSEEN / 2, 0)) grow(rows, row);
-    for (bool again = false;; again = true) {
-        __m512 unit = _mm512_set1_ps(rows.unit[row.r]), sum = _mm512_setzero_ps();
-        for (int i = 0; i < 2 * row.met.count; i += 2) {
-            const __m512 low = exp2_of(row.above(i, unit)), high = exp2_of(row.above(i + 1, unit));
-            sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-            _mm512_store_si512(weights + i / 2 * BLOCK + row.r * EDGE, halves(low, high));
-        }
-        if (__builtin_expect(again || !_mm512_cmp_ps_mask(sum, _mm512_set1_ps(TOO_MUCH), _CMP_GT_OQ), 1))
-            return _mm512_store_ps(rows.sum + row.r * 16, _mm512_add_ps(_mm512_load_ps(rows.sum + row.r * 16), sum));
-        grow(rows, row);
+struct Weighing {
+    Rows &rows;
+    Row row;
+    u16 *weights;
+    int turns, due = 0, block = 0;
+    __m512 unit = _mm512_setzero_ps(), sum = unit;
+    INLINE void operator()() { for (due += EDGE * row.met.count; due >= turns; due -= turns) one(); }
+    void rest() { while (row.r < EDGE) one(); }
+    INLINE void one() {
+        if (row.r == EDGE) return;
+        if (!block) begin(rows.unit[row.r] < UNSEEN / 2);
+        weigh();
+        if (block < row.met.count) return;
+        if (__builtin_expect(_mm512_cmp_ps_mask(sum, _mm512_set1_ps(TOO_MUCH), _CMP_GT_OQ), 0))
+            for (begin(true); block < row.met.count;) weigh();
+        float *whole = rows.sum + row.r++ * 16;
+        _mm512_store_ps(whole, _mm512_add_ps(_mm512_load_ps(whole), sum)), block = 0;
     }
-}
+    INLINE void begin(bool anew) {
+        if (__builtin_expect(anew, 0)) grow(rows, row);
+        unit = _mm512_set1_ps(rows.unit[row.r]), sum = _mm512_setzero_ps(), block = 0;
+    }
+    INLINE void weigh() {
+        const __m512 low = exp2_of(row.above(2 * block, unit)), high = exp2_of(row.above(2 * block + 1, unit));
+        sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+        _mm512_store_si512(weights + block++ * BLOCK + row.r * EDGE, halves(low, high));
+    }
+};
 
 // What was added up so far, in the new unit of its row.
 static void shrink(Rows &rows, int64_t e) {
     for (int r = 0; r < EDGE; r++) {
-        if (rows.shrink[r] == 1.0f) continue;
-        for (int64_t c = 0; c < e; c += 16) {
-            float *part = rows.out + c / 16 * 512 + r * 16;
+        for (float *part = rows.out + r * 16; rows.shrink[r] != 1.0f && part < rows.out + e * EDGE; part += 512)
             _mm512_store_ps(part, _mm512_mul_ps(_mm512_load_ps(part), _mm512_set1_ps(rows.shrink[r])));
-        }
         rows.shrink[r] = 1.0f;
     }
     rows.shrinks = false;
@@ -339,48 +345,45 @@ struct Meetings {
     }
 };
 
-struct Forward {
-    alignas(64) float scores[2][KEYS * BLOCK];
-    alignas(64) u16 weights[2][KEYS * BLOCK];
-    Rows rows[QUERIES];
-};
+struct Forward { alignas(64) float scores[2][KEYS * BLOCK]; alignas(64) u16 weights[2][KEYS * BLOCK]; Rows rows[QUERIES]; };
 
 // Query blocks `first` to `last` of one head: k paired by columns, v paired by rows, as `pack` leaves them.
-// While one meeting is weighed, the one before is multiplied with its values and the next one with its keys: AMX and AVX-512 take turns
-// so often that they work at once.
+// While one meeting is weighed, the one before is multiplied with its values and the next one with its keys.
 static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first, int64_t last) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
     for (int64_t u = first; u < last; u++) at.rows[u - first].begin(q, b, u * EDGE, h, of);
     Meetings meetings{of, first, last, of.causal && !of.grid ? std::min(blocks_of(of.n), last) : blocks_of(of.n)};
-    const auto score = [&](const Meeting &x, int i) {
-        multiply(at.scores[x.at] + i * BLOCK, at.rows[x.query - first].q, BLOCK, k + x.met.block[i] * wide * BLOCK, BLOCK, wide, false);
+    const auto score = [&](const Meeting &x, int i, auto &meanwhile) {
+        multiply(at.scores[x.at] + i * BLOCK, at.rows[x.query - first].q, BLOCK, k + x.met.block[i] * wide * BLOCK, BLOCK, wide, false, meanwhile);
     };
-    const auto collect = [&](const Meeting &x, int c) {
+    const auto collect = [&](const Meeting &x, int c, auto &meanwhile) {
         runs(x.met.count, [&](int i) { return x.met.block[i] == x.met.block[i - 1] + 1; }, [&](int i, int count) {
             multiply(at.rows[x.query - first].out + c * BLOCK, at.weights[x.at] + i * BLOCK, BLOCK, v + (x.met.block[i] * tall + c) * BLOCK,
-                     tall * BLOCK, count, true);
+                     tall * BLOCK, count, true, meanwhile);
         });
     };
     const __m512 scale = _mm512_set1_ps(of.scale * LOG2E);
     Meeting before, now, next;
-    bool is_before = false, is_now = meetings.next(now);
-    for (int i = 0; is_now && i < now.met.count; i++) score(now, i);
-    while (is_now) {
-        const bool is_next = meetings.next(next);
-        const int old = is_before ? tall : 0, products = old + (is_next ? next.met.count : 0);
+    bool is_next = meetings.next(now);
+    before.met.count = 0;
+    for (int i = 0; is_next && i < now.met.count; i++) score(now, i, nothing);
+    while (now.met.count) {
+        if (!(is_next = meetings.next(next))) next.met.count = 0;
         Rows &rows = at.rows[now.query - first];
-        for (int64_t r = 0, done = 0; r < EDGE; r++) {
-            for (; done * EDGE < products * (r + 1); done++) done < old ? collect(before, (int)done) : score(next, (int)done - old);
-            const float *bias = of.bias.row(b, h, std::min(now.query * EDGE + r, of.s - 1));
-            const auto weighed = [&](auto row) { weigh(rows, row, at.weights[now.at]); };
-            if (bias || of.scale <= 0) weighed(Row<false, false>{at.scores[now.at], bias, (int)r, now.met, scale});
-            else if (now.met.whole) weighed(Row<true, true>{at.scores[now.at], bias, (int)r, now.met, scale});
-            else weighed(Row<true, false>{at.scores[now.at], bias, (int)r, now.met, scale});
-        }
+        const auto weigh = [&](auto row) {
+            Weighing<decltype(row)> weighing{rows, row, at.weights[now.at], std::max(4 * (tall * before.met.count + wide * next.met.count), 1)};
+            for (int c = 0; before.met.count && c < tall; c++) collect(before, c, weighing);
+            for (int i = 0; i < next.met.count; i++) score(next, i, weighing);
+            weighing.rest();
+        };
+        const float *bias = of.bias.row(b, h, now.query * EDGE);
+        if (bias || of.scale <= 0) weigh(Row<false, false>{at.scores[now.at], bias, of.bias.s, of.s - 1 - now.query * EDGE, now.met, scale});
+        else if (now.met.whole) weigh(Row<true, true>{at.scores[now.at], bias, 0, 0, now.met, scale});
+        else weigh(Row<true, false>{at.scores[now.at], bias, 0, 0, now.met, scale});
         if (rows.shrinks) shrink(rows, of.e);
-        before = now, now = next, is_before = true, is_now = is_next;
+        before = now, now = next;
     }
-    for (int c = 0; is_before && c < tall; c++) collect(before, c);
+    for (int c = 0; before.met.count && c < tall; c++) collect(before, c, nothing);
 }
 
 // out (b s h e) and lse (b s h) of these rows, both contiguous.
@@ -465,8 +468,8 @@ static void square(Backward &at, const Shape &of, Packed &x, int64_t b, int64_t 
             const int to = (i * SQUARE + j) * BLOCK;
             seen[i][j] = of.seen(u, key + i);
             if (seen[i][j] == NONE) continue;
-            multiply(at.scores, x.k.at + (key + i) * wide * BLOCK, BLOCK, x.q_by_columns.at + u * wide * BLOCK, BLOCK, wide, false);
-            multiply(at.slopes, x.v.at + (key + i) * tall * BLOCK, BLOCK, x.dout_by_columns.at + u * tall * BLOCK, BLOCK, tall, false);
+            multiply(at.scores, x.k.at + (key + i) * wide * BLOCK, BLOCK, x.q_by_columns.at + u * wide * BLOCK, BLOCK, wide, false, nothing);
+            multiply(at.slopes, x.v.at + (key + i) * tall * BLOCK, BLOCK, x.dout_by_columns.at + u * tall * BLOCK, BLOCK, tall, false, nothing);
             (seen[i][j] == CUT ? differentiate<true> : differentiate<false>)(
                 at.scores, at.slopes, x.lse.at + u * EDGE, x.delta.at + u * EDGE, of.scale, at.weights + to, at.plain_ds + to, at.paired_ds + to,
                 transposed_bias(at, of, b, h, key + i, u));
@@ -477,17 +480,17 @@ static void square(Backward &at, const Shape &of, Packed &x, int64_t b, int64_t 
             const int from = (i * SQUARE + j) * BLOCK;
             for (int c = 0; c < tall; c++)
                 multiply(x.dv.at + ((key + i) * tall + c) * BLOCK, at.weights + from, BLOCK, x.dout_by_rows.at + ((query + j) * tall + c) * BLOCK,
-                         tall * BLOCK, count, true);
+                         tall * BLOCK, count, true, nothing);
             for (int c = 0; c < wide; c++)
                 multiply(x.dk.at + ((key + i) * wide + c) * BLOCK, at.plain_ds + from, BLOCK, x.q_by_rows.at + ((query + j) * wide + c) * BLOCK,
-                         wide * BLOCK, count, true);
+                         wide * BLOCK, count, true, nothing);
         });
     for (int j = 0; j < queries; j++)
         runs(keys, [&](int i) { return !seen[i][j] == !seen[i - 1][j]; }, [&](int i, int count) {
             if (!seen[i][j]) return;
             for (int c = 0; c < wide; c++)
                 multiply(x.dq.at + ((query + j) * wide + c) * BLOCK, x.k_transposed.at + ((key + i) * wide + c) * BLOCK, wide * BLOCK,
-                         at.paired_ds + (i * SQUARE + j) * BLOCK, SQUARE * BLOCK, count, true);
+                         at.paired_ds + (i * SQUARE + j) * BLOCK, SQUARE * BLOCK, count, true, nothing);
         });
 }
 
@@ -543,10 +546,8 @@ static void differentiate_head(Backward &at, Packed &x, const Shape &of, const V
 // -- what Python calls --------------------------------------------------------------------------------------------------------------
 
 extern "C" {
-
 // Whether this process may use AMX.
 int ringctx_permitted() { return permitted(); }
-
 // sizes: b s n h g d e causal. strides: of q, k, v, bias (b h s), three each; bias and grid (blocks of s, blocks of n) may be null.
 // out (b s h e) and lse (b s h), contiguous fp32.
 void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const int64_t *strides,
