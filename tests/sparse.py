@@ -114,7 +114,7 @@ BALANCE = "| pattern | busiest over mean, zigzag | balanced | keys sent | keys n
 @click.option("--side", "sides", type=int, multiple=True, default=(128, 512), show_default=True)
 @click.option("--dtype", "dtypes", type=click.Choice(["bfloat16", "float32"]), multiple=True, default=("bfloat16",), show_default=True)
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--ranks", default=4, show_default=True)
+@click.option("--ranks", default=4, show_default=True, help="Of the table of balance; 0 leaves it out.")
 def main(tokens: int, sides: tuple[int, ...], dtypes: tuple[str, ...], rounds: int, ranks: int) -> None:
     """Measure."""
     torch.set_num_threads(1)
@@ -122,6 +122,8 @@ def main(tokens: int, sides: tuple[int, ...], dtypes: tuple[str, ...], rounds: i
         for side in sides:
             title, *lines = by_density(tokens, side, getattr(torch, dtype), rounds)
             click.echo("\n".join(["", title, "", TIMES, *lines]))
+    if not ranks:
+        return
     click.echo(f"\n{tokens:,} tokens on {ranks} ranks\n\n{BALANCE}")
     for line in balance(tokens, ranks):
         click.echo(line)
