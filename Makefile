@@ -20,7 +20,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -q
 
 say = @printf '\n== %s\n' $(1)
 
-.PHONY: help setup run test check format lint types imports unit ranks launch exact mutants parity methods bench triton clean
+.PHONY: help setup run test check format lint types imports unit ranks launch long exact mutants parity methods bench triton clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
@@ -74,6 +74,10 @@ ranks: $(READY) ## tests on a pool of gloo ranks
 launch: $(READY) ## tests through torchrun, end to end
 	$(call say,'tests/launch')
 	@$(TESTS) -m 'not slow and not gpu' tests/launch $(ARGS)
+
+long: $(READY) ## the tests that `make test` leaves out because they take long
+	$(call say,'tests marked slow')
+	@$(TESTS) -m 'slow and not gpu' tests $(ARGS)
 
 exact: $(READY) ## every case against the float64 oracle; hours, resumable: ARGS='--help'
 	@OMP_NUM_THREADS=1 $(PY) -m tests.exact $(ARGS)

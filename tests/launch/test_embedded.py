@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -31,12 +32,22 @@ CELLS = (
 )
 
 
+def num_ranks(cell: str) -> int:
+    _, ring, rings, *_ = cell.split("-")
+    return int(ring) * int(rings)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("cells")
-    for ranks in (2, 4):
-        launch(made, ranks, [cell for cell in CELLS if ranks == int(cell.split("-")[1]) * int(cell.split("-")[2])])
-    return made
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Where the cells of so many ranks left what they saw."""
+
+    @cache
+    def ran(ranks: int) -> Path:
+        made = tmp_path_factory.mktemp(f"cells{ranks}")
+        launch(made, ranks, [cell for cell in CELLS if num_ranks(cell) == ranks])
+        return made
+
+    return ran
 
 
 @cache
@@ -44,8 +55,8 @@ def reference(kind: str, case: str, optimizer: str) -> Seen:
     return alone(kind, case, optimizer)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_steps_are_those_of_one_process(folder: Path, cell: str) -> None:
+@pytest.mark.parametrize("cell", [pytest.param(cell, marks=[pytest.mark.slow] * (num_ranks(cell) > 2)) for cell in CELLS])
+def test_steps_are_those_of_one_process(folders: Callable[[int], Path], cell: str) -> None:
     _, _, _, case, kind, optimizer = cell.split("-")
-    seen = Seen(**torch.load(folder / f"{cell}.pt"))
+    seen = Seen(**torch.load(folders(num_ranks(cell)) / f"{cell}.pt"))
     assert not wrong(cell, seen, reference(kind, case, optimizer))

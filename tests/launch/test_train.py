@@ -48,7 +48,8 @@ def test_a_rank_killed_in_mid_training_is_exit_code_3_and_the_run_goes_on(tmp_pa
 
 
 @LINUX
-@pytest.mark.parametrize("stage", [pytest.param(None, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 3])
 def test_torchrun_restarts_a_run_whose_rank_was_killed_from_its_checkpoint(tmp_path: Path, stage: int | None) -> None:
     (tmp_path / "c.yaml").write_text(TINY)
     out = tmp_path / "run"

@@ -75,6 +75,7 @@ def test_runs_in_bfloat16_keep_float32_weights_and_go_on_as_if_they_had_not_been
         assert whole == pytest.approx(want["loss"], rel=2e-2) and whole != pytest.approx(want["loss"], rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_runs_at_every_stage_go_on_from_each_other_on_any_number_of_ranks(begun: Path, want: dict[str, Any]) -> None:
     for stage in range(4):
         assert checkpoint.newest(begun / f"stage{stage}") == begun / f"stage{stage}" / "step-4"

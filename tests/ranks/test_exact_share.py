@@ -1,6 +1,6 @@
 """A seeded share of the exactness grid; `make exact` runs all of it.
 
-RINGCTX_SHARE_SECONDS sets how long it may take (on two cores, 300 if absent), RINGCTX_SHARE_SEED which cases it draws.
+RINGCTX_SHARE_SECONDS sets how long it may take (on two cores, 120 if absent), RINGCTX_SHARE_SEED which cases it draws.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.exact import judge, wrong
 from tests.grid import grid, half, share
 from tests.pool import Pool
 
-SECONDS = float(os.environ.get("RINGCTX_SHARE_SECONDS", "300"))
+SECONDS = float(os.environ.get("RINGCTX_SHARE_SECONDS", "120"))
 SEED = int(os.environ.get("RINGCTX_SHARE_SEED", "0"))
 
 
