@@ -83,10 +83,10 @@ LONG = Planned(W, 131_072, 4, "zigzag", "rotate")
 def planned(ring: Ring, case: Planned, folder: Path) -> dict[str, Any]:
     """What the command says of the case."""
     asked = case.config(folder)
-    model, device = shapes.shapes_of(asked), device_of(asked.model)
-    layers = list(shapes.by_layer(asked, model).values())
-    found, link = planner.Here(ring, model, device, dtype_of(asked.model, device)).measure(layers, case.tokens)
-    run = planner.Asked(tokens=case.tokens, ranks=ring.size, device=found, link=link, page=asked.cache.page, file=shapes.file_of(asked))
+    model, device, at = shapes.shapes_of(asked), device_of(asked.model), shapes.folder_of(asked)
+    layers, dtype = list(shapes.by_layer(asked, model).values()), dtype_of(asked.model, device)
+    found, link = planner.Here(ring, model, device, dtype, at).measure(layers, case.tokens)
+    run = planner.Asked(tokens=case.tokens, ranks=ring.size, device=found, link=link, page=asked.cache.page, file=shapes.file_of(at, dtype))
     options = planner.predict(model, layers, run).options
     one = next(one for one in options if (one.layout, one.transport) == (case.layout, case.transport))
     return {"bytes": one.bytes, "hops": one.hops, "memory": one.memory, "seconds": one.seconds, "device": str(found), "link": str(link)}
@@ -103,7 +103,7 @@ def read(ring: Ring, case: Planned, folder: Path, rounds: int) -> dict[str, Any]
     torch.set_num_threads(1)
     asked = case.config(folder)
     engine = Engine.load(asked, ring)
-    tokens = [(7 * n) % 200 + 10 for n in range(case.tokens)]
+    tokens = [7919 * n % engine.model.config.vocab_size for n in range(case.tokens)]
     first = engine.read(tokens).seconds
     sent, memory = engine.ring.traffic.sent["keys"], peak_memory(engine.device)
     layout = getattr(Layout, case.layout)(case.tokens, ring.size)

@@ -132,7 +132,7 @@ def plan(
     asked = configuration.load(config, overrides)
     model, between = shapes.shapes_of(asked), planner.link_of(link) if link else None
     layers = list(shapes.by_layer(asked, model).values())
-    kept: dict[str, Any] = {"tokens": tokens, "page": asked.cache.page, "file": shapes.file_of(asked)}
+    kept: dict[str, Any] = {"tokens": tokens, "page": asked.cache.page}
     if device != "here":
         run = planner.Asked(**kept, **_machine(asked, device, ranks or 8, between, nodes))
         return _planned(planner.predict(model, layers, run), run, as_json)
@@ -141,11 +141,12 @@ def plan(
     if not launch.is_rank() and (ranks or 2) > 1:
         return launched(ranks or 2, asked, typed)
     with ring_of(asked, ranks, typed.level) as ring:
-        kind = device_of(asked.model)
-        found, measured = planner.Here(ring, model, kind, dtype_of(asked.model, kind)).measure(layers, tokens)
+        kind, folder = device_of(asked.model), shapes.folder_of(asked)
+        dtype = dtype_of(asked.model, kind)
+        found, measured = planner.Here(ring, model, kind, dtype, folder).measure(layers, tokens)
         if ring.rank:
             return 0
-        run = planner.Asked(**kept, ranks=ring.size, device=found, link=between or measured)
+        run = planner.Asked(**kept, ranks=ring.size, device=found, link=between or measured, file=shapes.file_of(folder, dtype))
         return _planned(planner.predict(model, layers, run), run, as_json)
 
 

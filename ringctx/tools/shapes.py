@@ -6,8 +6,11 @@ Knows transformers' names for them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from ringctx.asked.layers import layers_of
 from ringctx.config import Config
@@ -100,10 +103,20 @@ def by_layer(config: Config, shapes: Shapes) -> dict[int, Attention]:
     return asked if isinstance(asked, dict) else dict.fromkeys(range(shapes.layers), asked or Attention())
 
 
-def file_of(config: Config) -> int:
-    """Bytes of the checkpoint's weights on disk; 0 where there is none here."""
+def folder_of(config: Config) -> Path | None:
+    """The checkpoint's folder, or None where a model is known by its shapes alone."""
     from ringctx.huggingface.weights import checkpoint
 
-    if config.training.scratch.layers or config.model.path in KNOWN:
+    return None if config.training.scratch.layers or config.model.path in KNOWN else checkpoint(config.model.path)
+
+
+def file_of(folder: Path | None, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's weights that are held beside the model's while it is loaded: none where they are mapped as they are."""
+    from safetensors import safe_open
+
+    files = [] if folder is None else sorted(folder.glob("*.safetensors"))
+    if not files:
         return 0
-    return sum(part.stat().st_size for part in checkpoint(config.model.path).glob("*.safetensors"))
+    with safe_open(files[0], "pt") as opened:
+        held = opened.get_tensor(next(iter(opened.keys()))).dtype
+    return 0 if held == dtype else sum(file.stat().st_size for file in files)

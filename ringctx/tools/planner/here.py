@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,18 +50,20 @@ SMALL, LARGE = 1 << 10, 8 << 20
 
 
 class Here:
-    """The ranks of `ring`, for a model of these shapes in this dtype on this device."""
+    """The ranks of `ring`, for a model of these shapes in this dtype on this device. folder: its checkpoint, for the tokenizer's memory."""
 
-    def __init__(self, ring: Ring, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> None:
-        self.ring, self.shapes, self.device, self.dtype = ring, shapes, device, dtype
+    def __init__(self, ring: Ring, shapes: Shapes, device: torch.device, dtype: torch.dtype, folder: Path | None = None) -> None:
+        self.ring, self.shapes, self.device, self.dtype, self.folder = ring, shapes, device, dtype, folder
 
     @torch.no_grad()
     def measure(self, attentions: Iterable[Attention], tokens: int) -> tuple[Device, Link]:
         """attentions: of the layers; their encodings and scores are left out. tokens: in all. All ranks call it together."""
         keep_freed_memory()
         own = min(MOST, max(1, tokens // self.ring.size))
+        tokenizer = None if self.folder is None else _tokenizer(self.folder)
         base = held_memory(self.device)
-        rest, activations = self._rest(own)
+        rest, activations = self._rest(own, base)
+        del tokenizer
         edge = self._edge()
         known = Device(name="", memory=0, attention=Effort(0, 0, 0, 0, 0), linear=0, edge=edge)
         attention = self._attention(known, [Attention(), MASKED, *attentions], own)
@@ -75,26 +78,27 @@ class Here:
 
     # -- what is measured -------------------------------------------------------------------------------------------
 
-    def _rest(self, tokens: int) -> tuple[float, float]:
-        """Seconds of what is not attention in a layer over so many tokens, and bytes a token that LAYERS take besides weights and keys."""
+    def _rest(self, tokens: int, base: int) -> tuple[float, float]:
+        """Seconds of what is not attention in a layer over so many tokens, and bytes a token that LAYERS take besides weights and keys.
+
+        base: bytes of the process before. Caches are kept, as a model of many layers does: malloc puts what comes and goes around them.
+        """
         model, lone, layout = _random(self.shapes, self.device, self.dtype), Ring.alone(), Layout.contiguous(tokens, 1)
         context = wrap(model, lone, Attention())
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
         inputs = {"input_ids": ids, "position_ids": layout.indices(0, self.device)[None], "use_cache": False}
 
-        def read() -> KVCache:
-            cache = KVCache(LAYERS, 0, 1, room=tokens)
-            cache.extend(layout)
-            with context.running(layout, cache):
-                model.base_model(**inputs)
-            return cache
+        caches = []
 
-        before = held_memory(self.device)
-        read()
-        keys = LAYERS * tokens * self.shapes.values_a_token * self.dtype.itemsize
-        activations = max(peak_memory(self.device) - before - keys, 0) / tokens
-        attends = self._attends(Attention(), layout)
-        rests = [whole - LAYERS * attending for whole, attending in self._turns(read, attends)]
+        def read() -> None:
+            caches.append(KVCache(LAYERS, 0, 1, room=tokens))
+            caches[-1].extend(layout)
+            with context.running(layout, caches[-1]):
+                model.base_model(**inputs)
+
+        rests = [whole - LAYERS * attending for whole, attending in self._turns(read, self._attends(Attention(), layout))]
+        numbers = LAYERS * (len(caches) * tokens * self.shapes.values_a_token + self.shapes.layer_params)
+        activations = max(peak_memory(self.device) - base - numbers * self.dtype.itemsize, 0) / tokens
         return max(statistics.median(rests) / LAYERS, 1e-9), activations
 
     def _attention(self, known: Device, attentions: Sequence[Attention], own: int) -> Effort:
@@ -218,6 +222,12 @@ def _random(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Any:
         bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(device, dtype).eval()
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _multiply(x: Tensor, times: int) -> None:

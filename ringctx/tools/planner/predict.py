@@ -28,6 +28,8 @@ LAYOUTS: Mapping[str, Callable[[int, int], Layout]] = {
 }
 TRANSPORTS = ("rotate", "fetch", "gather")
 """What is simulated: transports that move keys."""
+WIDE = 4
+"""Bytes of a number of a partial."""
 AS_QUICK = 1.01
 """Options within so much of the quickest count as quick."""
 ACTIVATIONS = 12
@@ -173,7 +175,9 @@ def _rows(shapes: Shapes, asked: Asked, tokens: int) -> float:
 
 
 def _memory(shapes: Shapes, asked: Asked, tokens: int, visiting: int) -> dict[str, float]:
-    """Bytes of a rank: the process, weights, all layers' keys, what visits, and a layer's activations; or the process while it loads."""
+    """Bytes of a rank: the process, weights, all layers' keys, what visits and a partial to merge, and a layer's activations; or of the
+    process while it loads.
+    """
     device, a_token = asked.device, shapes.values_a_token * asked.device.item / asked.tensor
     by_shapes = ACTIVATIONS * shapes.hidden * device.item / asked.tensor
     held = -(-tokens // asked.page) * asked.page
@@ -181,7 +185,7 @@ def _memory(shapes: Shapes, asked: Asked, tokens: int, visiting: int) -> dict[st
         "base": device.base,
         "weights": shapes.params * device.item / asked.tensor,
         "keys": shapes.layers * held * a_token,
-        "visiting": visiting * a_token,
+        "visiting": visiting * a_token + (visiting > 0) * tokens * shapes.heads * shapes.width * WIDE / asked.tensor,
         "activations": tokens * (by_shapes if device.activations is None else device.activations),
     }
     return {"total": max(sum(parts.values()), parts["base"] + parts["weights"] + asked.file), **parts}
