@@ -39,8 +39,8 @@ from ringctx.tools.planner.simulate import Link
 from ringctx.tools.shapes import Shapes
 
 ROUNDS = 5
-MOST = 4096
-"""Tokens of a sample."""
+LONG, MOST = 2048, 4096
+"""Tokens of a sample: of the longest at least, and at most."""
 LAYERS = 6
 """Of the model with random weights."""
 MASKED = Attention(causal() & window(97))
@@ -104,9 +104,10 @@ class Here:
     def _attention(self, known: Device, attentions: Sequence[Attention], own: int) -> Effort:
         """Seconds of each part of an effort, such that they tell those of these attentions at some lengths best."""
         efforts, seconds = [], []
-        for n in sorted({min(own, n) for n in (128, 512, 2048, MOST)}):
+        longest = max(own, LONG)  # among short ones products do not show beside what is touched
+        for n in sorted({min(longest, n) for n in (128, 512, LONG, MOST)}):
             layouts = [(attention, Layout.contiguous(n, 1)) for attention in dict.fromkeys(attentions)]
-            layouts += [(Attention(), Layout.contiguous(n, 1).shifted(n))] * (n < own)
+            layouts += [(Attention(), Layout.contiguous(n, 1).shifted(n))] * (n < longest)
             for attention, layout in layouts:
                 efforts.append(self._effort(known, attention, layout))
                 seconds.append(self._seconds(self._attends(attention, layout)))
@@ -131,7 +132,7 @@ class Here:
 
     def _slow(self, own: int) -> tuple[float, ...]:
         """Of a call while 1, 2, … ranks compute, its time over that while all do."""
-        size, attends = self.ring.size, self._attends(Attention(), Layout.contiguous(min(own, 2048), 1))
+        size, attends = self.ring.size, self._attends(Attention(), Layout.contiguous(min(own, LONG), 1))
         counts = sorted({1, size, *(2**n for n in range(size.bit_length()) if 2**n < size)})
         found = {many: self._seconds(attends, many) for many in counts}
         told = {many: min(found[many] / found[size], 1.0) for many in counts}
