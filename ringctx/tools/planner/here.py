@@ -44,7 +44,7 @@ LONG, MOST = 2048, 4096
 LAYERS = 6
 """Of the model with random weights."""
 MASKED = Attention(causal() & window(97))
-"""What masked tiles are measured with, besides what is asked for."""
+"""What masked tiles are measured with where nothing asked for has any."""
 SMALL, LARGE = 1 << 10, 8 << 20
 """Bytes of the messages that are timed."""
 
@@ -66,7 +66,7 @@ class Here:
         del tokenizer
         edge = self._edge()
         known = Device(name="", memory=0, attention=Effort(0, 0, 0, 0, 0), linear=0, edge=edge)
-        attention = self._attention(known, [Attention(), MASKED, *attentions], own)
+        attention = self._attention(known, [Attention(), *attentions], own)
         link, hidden = self._link()
         device = Device(
             name=f"a rank here, of {self.ring.size}", memory=self._memory(), attention=attention,
@@ -104,6 +104,8 @@ class Here:
     def _attention(self, known: Device, attentions: Sequence[Attention], own: int) -> Effort:
         """Seconds of each part of an effort, such that they tell those of these attentions at some lengths best."""
         efforts, seconds = [], []
+        if not any(self._effort(known, attention, Layout.contiguous(LONG, 1)).masked for attention in attentions):
+            attentions = [*attentions, MASKED]
         longest = max(own, LONG)  # among short ones products do not show beside what is touched
         for n in sorted({min(longest, n) for n in (128, 512, LONG, MOST)}):
             layouts = [(attention, Layout.contiguous(n, 1)) for attention in dict.fromkeys(attentions)]
