@@ -42,7 +42,7 @@ ROUNDS = 5
 LONG, MOST = 2048, 4096
 """Tokens of a sample: of the longest at least, and at most."""
 LAYERS = 6
-"""Of the model with random weights."""
+"""Of the model with random weights, at most."""
 MASKED = Attention(causal() & window(97))
 """What masked tiles are measured with where nothing asked for has any."""
 SMALL, LARGE = 1 << 10, 8 << 20
@@ -79,7 +79,7 @@ class Here:
     # -- what is measured -------------------------------------------------------------------------------------------
 
     def _rest(self, tokens: int, base: int) -> tuple[float, float]:
-        """Seconds of what is not attention in a layer over so many tokens, and bytes a token that LAYERS take besides weights and keys.
+        """Seconds of what is not attention in a layer over so many tokens, and bytes a token that layers take besides weights and keys.
 
         base: bytes of the process before. Caches are kept, as a model of many layers does: malloc puts what comes and goes around them.
         """
@@ -88,18 +88,20 @@ class Here:
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
         inputs = {"input_ids": ids, "position_ids": layout.indices(0, self.device)[None], "use_cache": False}
 
-        caches = []
+        many = model.config.num_hidden_layers
+        caches, kept = list[KVCache](), -(-self.shapes.layers // many)
 
         def read() -> None:
-            caches.append(KVCache(LAYERS, 0, 1, room=tokens))
+            del caches[: len(caches) - kept + 1]
+            caches.append(KVCache(many, 0, 1, room=tokens))
             caches[-1].extend(layout)
             with context.running(layout, caches[-1]):
                 model.base_model(**inputs)
 
-        rests = [whole - LAYERS * attending for whole, attending in self._turns(read, self._attends(Attention(), layout))]
-        numbers = LAYERS * (len(caches) * tokens * self.shapes.values_a_token + self.shapes.layer_params)
+        rests = [whole - many * attending for whole, attending in self._turns(read, self._attends(Attention(), layout))]
+        numbers = many * (len(caches) * tokens * self.shapes.values_a_token + self.shapes.layer_params)
         activations = max(peak_memory(self.device) - base - numbers * self.dtype.itemsize, 0) / tokens
-        return max(statistics.median(rests) / LAYERS, 1e-9), activations
+        return max(statistics.median(rests) / many, 1e-9), activations
 
     def _attention(self, known: Device, attentions: Sequence[Attention], own: int) -> Effort:
         """Seconds of each part of an effort, such that they tell those of these attentions at some lengths best."""
@@ -216,11 +218,11 @@ class Here:
 
 
 def _random(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Any:
-    """LAYERS layers of a decoder with gated MLPs of these shapes, and hardly a vocabulary."""
+    """A few layers of a decoder with gated MLPs of these shapes, and hardly a vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=8, hidden_size=shapes.hidden, intermediate_size=shapes.intermediate, num_hidden_layers=LAYERS, head_dim=shapes.width,
+        vocab_size=8, hidden_size=shapes.hidden, intermediate_size=shapes.intermediate, num_hidden_layers=min(LAYERS, shapes.layers), head_dim=shapes.width,
         num_attention_heads=shapes.heads, num_key_value_heads=shapes.key_heads, max_position_embeddings=MOST, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
