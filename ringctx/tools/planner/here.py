@@ -92,7 +92,7 @@ class Here:
         caches, kept = list[KVCache](), -(-self.shapes.layers // many)
 
         def read() -> None:
-            del caches[: len(caches) - kept + 1]
+            del caches[: max(len(caches) - kept + 1, 0)]
             caches.append(KVCache(many, 0, 1, room=tokens))
             caches[-1].extend(layout)
             with context.running(layout, caches[-1]):
@@ -222,7 +222,8 @@ def _random(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=8, hidden_size=shapes.hidden, intermediate_size=shapes.intermediate, num_hidden_layers=min(LAYERS, shapes.layers), head_dim=shapes.width,
+        vocab_size=8, hidden_size=shapes.hidden, intermediate_size=shapes.intermediate, num_hidden_layers=min(LAYERS, shapes.layers),
+        head_dim=shapes.width,
         num_attention_heads=shapes.heads, num_key_value_heads=shapes.key_heads, max_position_embeddings=MOST, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
