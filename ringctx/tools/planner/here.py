@@ -227,7 +227,12 @@ def _random(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Any:
         num_attention_heads=shapes.heads, num_key_value_heads=shapes.key_heads, max_position_embeddings=MOST, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(device, dtype).eval()
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # made in another and converted, it would leave holes that activations then fill
+    try:
+        return LlamaForCausalLM(config).to(device).eval()
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _tokenizer(folder: Path) -> Any:
