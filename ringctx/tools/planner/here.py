@@ -98,9 +98,11 @@ class Here:
             with context.running(layout, caches[-1]):
                 model.base_model(**inputs)
 
-        rests = [whole - many * attending for whole, attending in self._turns(read, self._attends(Attention(), layout))]
+        for _ in range(kept):
+            read()
         numbers = many * (len(caches) * tokens * self.shapes.values_a_token + self.shapes.layer_params)
         activations = max(peak_memory(self.device) - base - numbers * self.dtype.itemsize, 0) / tokens
+        rests = [whole - many * attending for whole, attending in self._turns(read, self._attends(Attention(), layout))]
         return max(statistics.median(rests) / many, 1e-9), activations
 
     def _attention(self, known: Device, attentions: Sequence[Attention], own: int) -> Effort:
