@@ -15,14 +15,12 @@ from typing import Any
 import click
 import torch
 
-from ringctx import Layout, Ring
+from ringctx import Ring
 from ringctx.config import Config, parse
-from ringctx.core.plan import make_plan
 from ringctx.device import device_of, dtype_of, peak_memory
 from ringctx.huggingface import weights
 from ringctx.runtime.engine import Engine
 from ringctx.tools import planner, shapes
-from ringctx.tools.planner.predict import parts_of
 from tests.pool import Pool
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -104,13 +102,12 @@ def read(ring: Ring, case: Planned, folder: Path, rounds: int) -> dict[str, Any]
     asked = case.config(folder)
     engine = Engine.load(asked, ring)
     tokens = [7919 * n % engine.model.config.vocab_size for n in range(case.tokens)]
-    first = engine.read(tokens).seconds
+    with ring.recorded() as timeline:
+        first = engine.read(tokens).seconds
     sent, memory = engine.ring.traffic.sent["keys"], peak_memory(engine.device)
-    layout = getattr(Layout, case.layout)(case.tokens, ring.size)
-    layers = set(shapes.by_layer(asked, shapes.shapes_of(asked)).values())
-    plans = [make_plan(parts_of(one, 1)[0], layout, layout, ring.rank, case.transport) for one in layers]
+    hops = sum(one.kind == "keys" for one in timeline.journeys()) // (engine.num_layers - 1)
     seconds = [(planned(ring, case, folder)["seconds"]["total"], engine.read(tokens).seconds) for _ in range(rounds)]
-    return {"bytes": sent, "hops": max(len(plan.hops) for plan in plans), "memory": memory, "first": first, "seconds": seconds}
+    return {"bytes": sent, "hops": hops, "memory": memory, "first": first, "seconds": seconds}
 
 
 def wide_model(folder: Path) -> None:
