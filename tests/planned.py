@@ -17,7 +17,7 @@ import torch
 
 from ringctx import Ring
 from ringctx.config import Config, parse
-from ringctx.device import device_of, dtype_of, peak_memory
+from ringctx.device import peak_memory
 from ringctx.huggingface import weights
 from ringctx.runtime.engine import Engine
 from ringctx.tools import planner, shapes
@@ -81,13 +81,11 @@ LONG = Planned(W, 131_072, 4, "zigzag", "rotate")
 def planned(ring: Ring, case: Planned, folder: Path) -> dict[str, Any]:
     """What the command says of the case."""
     asked = case.config(folder)
-    model, device, at = shapes.shapes_of(asked), device_of(asked.model), shapes.folder_of(asked)
-    layers, dtype = list(shapes.by_layer(asked, model).values()), dtype_of(asked.model, device)
-    found, link = planner.Here(ring, model, device, dtype, at).measure(layers, case.tokens)
-    run = planner.Asked(tokens=case.tokens, ranks=ring.size, device=found, link=link, page=asked.cache.page, file=shapes.file_of(at, dtype))
-    options = planner.predict(model, layers, run).options
+    model = shapes.shapes_of(asked)
+    run = planner.asked_here(asked, ring, case.tokens)
+    options = planner.predict(model, list(shapes.by_layer(asked, model).values()), run).options
     one = next(one for one in options if (one.layout, one.transport) == (case.layout, case.transport))
-    return {"bytes": one.bytes, "hops": one.hops, "memory": one.memory, "seconds": one.seconds, "device": str(found), "link": str(link)}
+    return {"bytes": one.bytes, "hops": one.hops, "memory": one.memory, "seconds": one.seconds}
 
 
 def alone(ring: Ring, case: Planned, folder: Path) -> dict[str, Any]:

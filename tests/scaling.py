@@ -15,8 +15,9 @@ import torch
 
 from ringctx import Attention, Layout, Ring, ring_attention
 from ringctx import patterns as p
+from ringctx.device import held_memory
 from tests.pool import Pool
-from tests.training_memory import highest, resident
+from tests.training_memory import highest
 
 HEADS, WIDTH, WINDOW = 8, 64, 1024
 HEADS_OF_TABLE = """| ranks | window 1,024, as many tokens a rank: ms a 1,000 tokens | ns a pair | causal, as many in all: ms a call |
@@ -52,7 +53,7 @@ def extra_memory(ring: Ring, tokens: int, dtype: str) -> float:
     x = [one.requires_grad_() for one in x]
     peaks = []
     for _ in range(2):
-        before = resident()
+        before = held_memory(torch.device("cpu"))
         Path("/proc/self/clear_refs").write_text("5")
         out = ring_attention(*x, ring=ring, layout=layout, attention=Attention())
         torch.autograd.grad(out, x, dout)

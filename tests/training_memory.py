@@ -20,6 +20,7 @@ import torch
 from ringctx import config as configuration
 from ringctx.cli import read_document
 from ringctx.core.ring import Ring
+from ringctx.device import held_memory
 from ringctx.runtime.tokenise import tokenise
 from ringctx.training import text
 from ringctx.training.labels import shifted
@@ -42,11 +43,6 @@ USUAL = ("alone", "ring", "zero1")
 MB = 1e6
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 def highest() -> int:
     """The most bytes that this process had in memory since its mark was reset."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -61,7 +57,7 @@ def step(case: str, asked: Any, ring: Ring) -> dict[str, float]:
         from ringctx.embed.deepspeed import DeepSpeedTrainer
 
         make = partial(DeepSpeedTrainer.made, ENGINES / f"{engine}.json")
-    imported = resident()
+    imported = held_memory(torch.device("cpu"))
     job = job_of(asked, ring, None)
     params = {name: p.detach() for name, p in job.model.named_parameters()}
     zeros = {name: {key: torch.zeros(()) if key == "step" else torch.zeros_like(p) for key in MOMENTS} for name, p in params.items()}

@@ -12,7 +12,6 @@ import click
 from ringctx import config as configuration
 from ringctx.cli.started import AS_JSON, CONFIG, OVERRIDES, RANKS, Typed, launched, read_document, ring_of
 from ringctx.config import Config
-from ringctx.device import device_of, dtype_of
 from ringctx.errors import ConfigError
 from ringctx.runtime import launch
 
@@ -132,26 +131,20 @@ def plan(
     asked = configuration.load(config, overrides)
     model, between = shapes.shapes_of(asked), planner.link_of(link) if link else None
     layers = list(shapes.by_layer(asked, model).values())
-    kept: dict[str, Any] = {"tokens": tokens, "page": asked.cache.page}
     if device != "here":
-        run = planner.Asked(**kept, **_machine(asked, device, ranks or 8, between, nodes))
+        run = _machine(asked, tokens, device, ranks or 8, between, nodes)
         return _planned(planner.predict(model, layers, run), run, as_json)
     if nodes > 1 or asked.model.tensor_parallel > 1:
         raise ConfigError("--device here measures ranks of one machine, with whole layers; leave out --nodes and model.tensor_parallel.")
     if not launch.is_rank() and (ranks or 2) > 1:
         return launched(ranks or 2, asked, typed)
     with ring_of(asked, ranks, typed.level) as ring:
-        kind, folder = device_of(asked.model), shapes.folder_of(asked)
-        dtype = dtype_of(asked.model, kind)
-        found, measured = planner.Here(ring, model, kind, dtype, folder).measure(layers, tokens)
-        if ring.rank:
-            return 0
-        run = planner.Asked(**kept, ranks=ring.size, device=found, link=between or measured, file=shapes.file_of(folder, dtype))
-        return _planned(planner.predict(model, layers, run), run, as_json)
+        run = planner.asked_here(asked, ring, tokens, between)
+        return 0 if ring.rank else _planned(planner.predict(model, layers, run), run, as_json)
 
 
-def _machine(config: Config, device: str, ranks: int, link: Link | None, nodes: int) -> dict[str, Any]:
-    """Devices and links by name, as `planner.Asked` takes them."""
+def _machine(config: Config, tokens: int, device: str, ranks: int, link: Link | None, nodes: int) -> Asked:
+    """Devices and links by name."""
     from ringctx.tools import planner
 
     if ranks % nodes:
@@ -159,8 +152,10 @@ def _machine(config: Config, device: str, ranks: int, link: Link | None, nodes: 
     if link is None and nodes > 1:
         raise ConfigError(f"{nodes} nodes were given; say by --link what joins them: {', '.join(planner.LINKS)}, or GB/s one way.")
     kind, node_link = planner.device_named(device), planner.link_of(planner.NODE_LINK[device])
-    ways = {"link": link or node_link, "node_link": node_link, "nodes": nodes, "tensor": config.model.tensor_parallel}
-    return {"ranks": ranks, "device": kind, **ways}
+    return planner.Asked(
+        tokens=tokens, ranks=ranks, device=kind, link=link or node_link, node_link=node_link, nodes=nodes,
+        tensor=config.model.tensor_parallel, page=config.cache.page,
+    )  # fmt: skip
 
 
 def _planned(found: Prediction, run: Asked, as_json: bool) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from ringctx import Ring
 from ringctx.config import parse
@@ -25,10 +24,8 @@ def told_and_sent(ring: Ring, path: Path, attention: str, way: tuple[str, str]) 
     text = f"model: {{path: '{path}', device: cpu, dtype: float32}}\nlayout: {{kind: {kind}}}\nring: {{transport: {transport}}}"
     config = parse(f"{text}\nattention: {attention}")
     model = shapes.shapes_of(config)
-    layers = list(shapes.by_layer(config, model).values())
-    found, link = planner.Here(ring, model, torch.device("cpu"), torch.float32).measure(layers, TOKENS)
-    run = planner.Asked(tokens=TOKENS, ranks=ring.size, device=found, link=link)
-    options = planner.predict(model, layers, run).options
+    run = planner.asked_here(config, ring, TOKENS)
+    options = planner.predict(model, list(shapes.by_layer(config, model).values()), run).options
     engine = Engine.load(config, ring)
     engine.read([n % 200 + 5 for n in range(TOKENS)])
     return next(one for one in options if (one.layout, one.transport) == way), engine.ring.traffic.sent["keys"]

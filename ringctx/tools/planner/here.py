@@ -21,22 +21,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringctx import kernels
+from ringctx.config import Config
 from ringctx.core.attention import Attention
 from ringctx.core.entry import ring_attention
 from ringctx.core.header import agree
 from ringctx.core.layout import Layout
 from ringctx.core.plan import make_plan
 from ringctx.core.ring import Message, Ring
-from ringctx.device import held_memory, keep_freed_memory, peak_memory
+from ringctx.device import device_of, dtype_of, held_memory, keep_freed_memory, peak_memory
 from ringctx.huggingface import wrap
 from ringctx.kernels.base import Call
 from ringctx.patterns import causal, window
 from ringctx.runtime.cache import KVCache
 from ringctx.tools.bench.case import finish, meet, slowest
 from ringctx.tools.planner.machine import Device, Effort
-from ringctx.tools.planner.predict import parts_of
+from ringctx.tools.planner.predict import Asked, parts_of
 from ringctx.tools.planner.simulate import Link
-from ringctx.tools.shapes import Shapes
+from ringctx.tools.shapes import Shapes, by_layer, file_of, folder_of, shapes_of
 
 ROUNDS = 5
 LONG, MOST = 2048, 4096
@@ -47,6 +48,16 @@ MASKED = Attention(causal() & window(97))
 """What masked tiles are measured with where nothing asked for has any."""
 SMALL, LARGE = 1 << 10, 8 << 20
 """Bytes of the messages that are timed."""
+
+
+def asked_here(config: Config, ring: Ring, tokens: int, link: Link | None = None) -> Asked:
+    """What is planned where the ranks of `ring` read so many tokens; all call it together. link: instead of the measured one."""
+    model, device, folder = shapes_of(config), device_of(config.model), folder_of(config)
+    dtype = dtype_of(config.model, device)
+    found, measured = Here(ring, model, device, dtype, folder).measure(by_layer(config, model).values(), tokens)
+    return Asked(
+        tokens=tokens, ranks=ring.size, device=found, link=link or measured, page=config.cache.page, file=file_of(folder, dtype)
+    )  # fmt: skip
 
 
 class Here:
