@@ -34,7 +34,7 @@ def job_of(config: Config, ring: Ring, vocabulary: int | None) -> Job:
     dtype = torch.float32 if config.model.dtype == "auto" else dtype_of(config.model, device)
     if config.training.scratch.layers:
         assert vocabulary is not None
-        model = _llama(config.training.scratch, vocabulary, config.training.context, config.training.seed)
+        model = llama(config.training.scratch, vocabulary, config.training.context, config.training.seed)
     else:
         from transformers import AutoModelForCausalLM
 
@@ -51,13 +51,14 @@ def job_of(config: Config, ring: Ring, vocabulary: int | None) -> Job:
     return job
 
 
-def _llama(asked: ScratchConfig, vocabulary: int, context: int, seed: int) -> Any:
+def llama(asked: ScratchConfig, vocabulary: int, context: int, seed: int, width: int | None = None) -> Any:
+    """Random weights, in torch's default dtype. width: of a head, by default the hidden width over the heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=asked.hidden, intermediate_size=asked.intermediate, num_hidden_layers=asked.layers,
         num_attention_heads=asked.heads, num_key_value_heads=asked.key_heads, max_position_embeddings=context, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=None,
+        head_dim=width, bos_token_id=None, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ringctx import kernels
 from ringctx.config import Config
+from ringctx.config_training import ScratchConfig
 from ringctx.core.attention import Attention
 from ringctx.core.entry import ring_attention
 from ringctx.core.header import agree
@@ -38,6 +39,7 @@ from ringctx.tools.planner.machine import Device, Effort
 from ringctx.tools.planner.predict import Asked, parts_of
 from ringctx.tools.planner.simulate import Link
 from ringctx.tools.shapes import Shapes, by_layer, file_of, folder_of, shapes_of
+from ringctx.training.model import llama
 
 ROUNDS = 5
 LONG, MOST = 2048, 4096
@@ -231,19 +233,15 @@ class Here:
 
 
 def _random(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Any:
-    """A few layers of a decoder with gated MLPs of these shapes, and hardly a vocabulary."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=shapes.hidden, intermediate_size=shapes.intermediate, num_hidden_layers=min(LAYERS, shapes.layers),
-        head_dim=shapes.width,
-        num_attention_heads=shapes.heads, num_key_value_heads=shapes.key_heads, max_position_embeddings=MOST, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=0, pad_token_id=None,
+    """A few layers of a decoder of these shapes, and hardly a vocabulary."""
+    few = ScratchConfig(
+        layers=min(LAYERS, shapes.layers), hidden=shapes.hidden, heads=shapes.heads, key_heads=shapes.key_heads,
+        intermediate=shapes.intermediate, vocabulary=8,
     )  # fmt: skip
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # made in another and converted, it would leave holes that activations then fill
     try:
-        return LlamaForCausalLM(config).to(device).eval()
+        return llama(few, 8, MOST, 0, shapes.width).to(device).eval()
     finally:
         torch.set_default_dtype(usual)
 
