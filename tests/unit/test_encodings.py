@@ -20,8 +20,8 @@ from ringctx.methods.branches import rerope, rotated_by
 from ringctx.methods.encodings import Coca, LogN, Unturned
 from ringctx.methods.rotary import Rotary
 from ringctx.testing import golden_inputs
-from ringctx.training.model import llama as llama_of
 from ringctx.training.model import job_of
+from ringctx.training.model import llama as llama_of
 from tests.tiny import tiny
 from tests.training import config
 
