@@ -110,3 +110,9 @@ def test_documents_that_cannot_be_read_are_refused(name, data, sentence, tmp_pat
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=sentence):
         read_document(path)
+
+
+@pytest.mark.parametrize("asked", [["--nodes", "2"], ["--heads", "3"]], ids=str)
+def test_bench_refuses_to_fold_ranks_that_do_not_divide(asked, capsys):
+    assert main(["bench", "--ranks", "1", *asked]) == 2
+    assert "1 ranks cannot be folded" in capsys.readouterr().err
