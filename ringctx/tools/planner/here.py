@@ -1,8 +1,8 @@
 """Here: what the ranks of this machine can do, measured for some seconds while all of them work, as a device and a link to plan for.
 
 Knows rings, kernels and layers of the model with random weights. Ranks wait for each other in every layer, so of a round the slowest
-counts, and of rounds the median. Work is small beside what is planned; only what is not attention is measured with as many tokens as a
-rank will have, up to MOST.
+counts, and of rounds the median. Work is small beside what is planned; only what is not attention, and its memory, are measured with as
+many tokens as a rank will have, up to MOST and LARGEST.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from ringctx.training.model import llama
 ROUNDS = 5
 LONG, MOST = 2048, 4096
 """Tokens of a sample: of the longest at least, and at most."""
+LARGEST = 32_768
+"""Tokens of a sample for memory, at most: large blocks are not kept where small ones are."""
 LAYERS = 6
 """Of the model with random weights, at most."""
 MASKED = Attention(causal() & window(97))
@@ -72,11 +74,13 @@ class Here:
     def measure(self, attentions: Iterable[Attention], tokens: int) -> tuple[Device, Link]:
         """attentions: of the layers; their encodings and scores are left out. tokens: in all. All ranks call it together."""
         keep_freed_memory()
-        own = min(MOST, max(1, tokens // self.ring.size))
+        share = max(1, tokens // self.ring.size)
+        own = min(MOST, share)
         tokenizer = None if self.folder is None else _tokenizer(self.folder)
         base = held_memory(self.device)
-        rest, activations = self._rest(own, base)
+        activations = self._activations(min(share, LARGEST), base)
         del tokenizer
+        rest = self._rest(own)
         edge = self._edge()
         known = Device(name="", memory=0, attention=Effort(0, 0, 0, 0, 0), linear=0, edge=edge)
         attention = self._attention(known, [Attention(), *attentions], own)
@@ -91,32 +95,41 @@ class Here:
 
     # -- what is measured -------------------------------------------------------------------------------------------
 
-    def _rest(self, tokens: int, base: int) -> tuple[float, float]:
-        """Seconds of what is not attention in a layer over so many tokens, and bytes a token that layers take besides weights and keys.
+    def _activations(self, tokens: int, base: int) -> float:
+        """Bytes a token that layers take besides weights and keys. base: bytes of the process before.
 
-        base: bytes of the process before. Caches are kept, as a model of many layers does: malloc puts what comes and goes around them.
+        As many caches are kept as a model of many layers keeps: malloc puts what comes and goes around them. Attention is narrow: what
+        attention takes does not depend on what it sees.
         """
-        model, lone, layout = _random(self.shapes, self.device, self.dtype), Ring.alone(), Layout.contiguous(tokens, 1)
-        context = wrap(model, lone, Attention())
+        many = min(LAYERS, self.shapes.layers)
+        read, caches = self._reader(many, tokens, MASKED), list[KVCache]()
+        for _ in range(-(-self.shapes.layers // many)):
+            caches.append(read())
+        numbers = many * (len(caches) * tokens * self.shapes.values_a_token + self.shapes.layer_params)
+        return max(peak_memory(self.device) - base - numbers * self.dtype.itemsize, 0) / tokens
+
+    def _rest(self, tokens: int) -> float:
+        """Seconds of what is not attention in a layer over so many tokens."""
+        many = min(LAYERS, self.shapes.layers)
+        read, attends = self._reader(many, tokens, Attention()), self._attends(Attention(), Layout.contiguous(tokens, 1))
+        rests = [whole - many * attending for whole, attending in self._turns(read, attends)]
+        return max(statistics.median(rests) / many, 1e-9)
+
+    def _reader(self, layers: int, tokens: int, attention: Attention) -> Callable[[], KVCache]:
+        """Reads so many tokens with a model of random weights, on each rank alone, into a cache of their own."""
+        model, layout = _random(self.shapes, layers, self.device, self.dtype), Layout.contiguous(tokens, 1)
+        context = wrap(model, Ring.alone(), attention)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
         inputs = {"input_ids": ids, "position_ids": layout.indices(0, self.device)[None], "use_cache": False}
 
-        many = model.config.num_hidden_layers
-        caches, kept = list[KVCache](), -(-self.shapes.layers // many)
-
-        def read() -> None:
-            del caches[: max(len(caches) - kept + 1, 0)]
-            caches.append(KVCache(many, 0, 1, room=tokens))
-            caches[-1].extend(layout)
-            with context.running(layout, caches[-1]):
+        def read() -> KVCache:
+            cache = KVCache(layers, 0, 1, room=tokens)
+            cache.extend(layout)
+            with context.running(layout, cache):
                 model.base_model(**inputs)
+            return cache
 
-        for _ in range(kept):
-            read()
-        numbers = many * (len(caches) * tokens * self.shapes.values_a_token + self.shapes.layer_params)
-        activations = max(peak_memory(self.device) - base - numbers * self.dtype.itemsize, 0) / tokens
-        rests = [whole - many * attending for whole, attending in self._turns(read, self._attends(Attention(), layout))]
-        return max(statistics.median(rests) / many, 1e-9), activations
+        return read
 
     def _attention(self, known: Device, attentions: Sequence[Attention], own: int) -> Effort:
         """Seconds of each part of an effort, such that they tell those of these attentions at some lengths best."""
@@ -232,10 +245,10 @@ class Here:
         return float(found) / self.ring.size
 
 
-def _random(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Any:
-    """A few layers of a decoder of these shapes, and hardly a vocabulary."""
+def _random(shapes: Shapes, layers: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """So many layers of a decoder of these shapes, and hardly a vocabulary."""
     few = ScratchConfig(
-        layers=min(LAYERS, shapes.layers), hidden=shapes.hidden, heads=shapes.heads, key_heads=shapes.key_heads,
+        layers=layers, hidden=shapes.hidden, heads=shapes.heads, key_heads=shapes.key_heads,
         intermediate=shapes.intermediate, vocabulary=8,
     )  # fmt: skip
     usual = torch.get_default_dtype()
