@@ -22,6 +22,7 @@ from ringctx.core.compute import HeadGroup, Work, head_groups
 from ringctx.core.header import Facts, agree
 from ringctx.core.heads import HeadGroupExchange, Trade, Traded, make_trade, shares
 from ringctx.core.layout import Layout
+from ringctx.core.masks import MASKS
 from ringctx.core.pattern import Pattern
 from ringctx.core.plan import Plan, make_plan, wanted
 from ringctx.core.ring import Ring
@@ -204,6 +205,7 @@ def _digest(content: object) -> str:
 def forget_plans() -> None:
     """Empty the caches of everything that is planned by pattern: for patterns that are used once."""
     forget_tiles()
+    MASKS.forget()
     for cached in (choose, make_plan, wanted, pass_q.make_query_plan, _digest):
         cached.cache_clear()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from ringctx.core import dropout
 from ringctx.core.attention import Attention, scale_of
 from ringctx.core.branch import LinearEncoding
 from ringctx.core.layout import Ranges, indices_of, take
+from ringctx.core.masks import MASKS
 from ringctx.core.partial import Partial
 from ringctx.core.pattern import CAUSAL, FULL, PARTIAL, Pattern
 from ringctx.core.sums import Sum
@@ -298,7 +298,7 @@ class Work:
         return TileScores(
             scale=scale_of(attention, q.shape[3]),
             causal=verdict == CAUSAL,
-            mask=(lambda: _seen(group.pattern, take(queries, [(a, b)]), take(keys, [(c, d)]), q.device)) if verdict == PARTIAL else None,
+            mask=(lambda: MASKS.of(group.pattern, take(queries, [(a, b)]), take(keys, [(c, d)]), q.device)) if verdict == PARTIAL else None,
             elementwise=attention.elementwise,
             bias=(lambda: self._bias(heads, *where(), accumulation_dtype(q.dtype))) if attention.additive else None,
             bias_grad=(lambda dbias: self._bias_grad(dbias, heads, *where())) if grad else None,
@@ -326,10 +326,3 @@ class Work:
     def _keep(self, size: int, heads: Tensor, i: Tensor, j: Tensor) -> Tensor:
         batch = torch.arange(self.batch_offset, self.batch_offset + size, device=i.device)
         return dropout.keep(self.attention.dropout, self.seed, batch, heads, i, j)
-
-
-@lru_cache(maxsize=64)
-def _seen(pattern: Pattern, queries: Ranges, keys: Ranges, device: torch.device) -> Tensor:
-    """What a masked tile lets through, (b|1, h|1, q, k). Kept, because all layers of a model ask for the same: not to be written to."""
-    allowed = pattern.allows(indices_of(queries, device), indices_of(keys, device))
-    return allowed[(None,) * (4 - allowed.dim())]
