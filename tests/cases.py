@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from ringctx import Attention, Layout, Unsupported, ring_attention
 from ringctx import patterns as p
+from ringctx.core import loop, tiles
 from ringctx.core.branch import Branch
+from ringctx.core.call import forget_plans
 from ringctx.core.layout import ranges_of
 from ringctx.core.pattern import Pattern
 from ringctx.methods import branches
@@ -304,6 +308,17 @@ def problem(case: Case, device: str = "cpu") -> Problem:
     # the gradient of log sum relu(x)^2 is 2 x / sum x^2: without bound near 0, where x has few digits left in less than fp64
     has_lse = case.lse and not (case.scores == "squared_relu" and wide == torch.float32)
     return Problem(layout, key_layout, _attention(case, n, normal), q, k, v, dout, dlse.to(wide) if has_lse else None, i, j)
+
+
+@contextmanager
+def small_steps(step_bytes: int = 1) -> Iterator[None]:
+    """Backward leaves in steps of so many bytes, and of 8 tokens at least, so that short sequences have some too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "LEAF", 8)
+        patch.setattr(loop, "STEP_BYTES", step_bytes)
+        forget_plans()
+        yield
+    forget_plans()
 
 
 # -- what a rank does ---------------------------------------------------------------------------------------------------

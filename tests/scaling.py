@@ -1,7 +1,8 @@
 """`python -m tests.scaling`: processor time from 1 to 8 ranks, and memory a call takes besides its tensors, as Markdown.
 
 With as many tokens a rank, a window shows more pairs a token the more ranks there are, since the first tokens see few; so time is also
-given for a pair that is seen.
+given for a pair that is seen. One rank is measured as two that know nothing of each other, so that it shares the machine as others do:
+two virtual cores of one physical core slow each other down.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ def call(ring: Ring, tokens: int, attention: Attention, dtype: torch.dtype) -> N
     torch.autograd.grad(out, x, dout)
 
 
-def processor_seconds(ring: Ring, tokens: int, window: int, dtype: str, rounds: int) -> list[float]:
-    """Of this rank, each round."""
+def processor_seconds(ring: Ring, tokens: int, window: int, dtype: str, rounds: int, alone: bool = False) -> list[float]:
+    """Of this rank, each round; alone: as a ring of one."""
     torch.set_num_threads(1)
+    ring = Ring.alone() if alone else ring
     attention, found = Attention(p.causal() & p.window(window) if window else p.causal()), []
     for _ in range(rounds + 1):
         began = time.process_time()
@@ -73,8 +75,9 @@ def main(tokens: int, dtype: str, rounds: int) -> None:
         for size in (1, 2, 4, 8):
             found = []
             for window, whole in ((WINDOW, tokens * size), (0, 8 * tokens)):
-                ranks = pool.run(processor_seconds, whole, window, dtype, rounds, size=size, timeout=900.0)
-                found.append(statistics.median(map(sum, zip(*ranks, strict=True))))
+                given = (whole, window, dtype, rounds, size == 1)
+                ranks = pool.run(processor_seconds, *given, size=max(size, 2), timeout=900.0)
+                found.append(statistics.median(map(sum, zip(*ranks, strict=True))) * size / len(ranks))
             pairs = HEADS * sum(min(n + 1, WINDOW) for n in range(tokens * size))
             by_pair, by_token = 1e9 * found[0] / pairs, 1e6 * found[0] / (tokens * size)
             click.echo(f"| {size} | {by_token:.1f} | {by_pair:.2f} | {1000 * found[1]:.0f} |")

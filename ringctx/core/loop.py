@@ -15,9 +15,12 @@ from ringctx.core.layout import Ranges
 from ringctx.core.plan import Plan, Visit
 from ringctx.core.ring import Ring
 from ringctx.core.sums import Sum
-from ringctx.core.tiles import Tile, area, cut_rows
+from ringctx.core.tiles import Tile, area, cut_rows, width
 from ringctx.core.transport import Homeward, visits
 from ringctx.kernels.base import accumulation_dtype
+
+STEP_BYTES = 8 * 2**20
+"""Gradients of a visiting block leave in parts of this size or more: they hide then under what is left of the visit."""
 
 
 def forward(work: Work, plan: Plan, ring: Ring, queries: Ranges, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,33 +49,49 @@ def backward(
 ) -> tuple[Sum, Sum, Sum]:
     """dq (b s h d), dk (b n g d), dv (b n g e) as sums; the params' gradients are left in work.
 
-    Home tiles are computed in two parts, so that the first keys and the last gradients travel under work; each as long as its messages.
+    Home tiles are computed in two parts, so that the first keys and the last gradients travel under work, each as long as its messages;
+    a large visit in steps, so that most of its gradients travel under the rest of it.
     """
     rows = (dout.to(q.dtype), q, out, lse.masked_fill(lse == -torch.inf, 0.0), dlse)
     dq, dk, dv = Sum(q), Sum(k), Sum(v)
-    first, second = divided(plan.home, early(q.dtype)) if plan.hops else (plan.home.tiles, None)
+    steps = [hop.steps(least_tokens(k, v)) for hop in plan.hops]
+    first, second = divided(plan.home, early(q.dtype, len(steps[-1]))) if steps else (plan.home.tiles, None)
     homeward = Homeward(plan, ring, (dk, dv))
     for number, present in visits(plan, ring, (k, v)):
         if number == 0:
             work.backward((dq, dk, dv), first, rows, queries, k, v, plan.home.ranges)
             continue
-        done = []
-        while present:
-            visit, block = present.pop(0)
-            grads = Sum(block[0]), Sum(block[1])
-            work.backward((dq, *grads), visit.tiles, rows, queries, block[0], block[1], visit.ranges)
-            done.append((visit, grads))
-            del block
-        homeward.hop(number, done)
+        left = {visit.owner: block for visit, block in present}
+        present.clear()
+        for step in steps[number - 1]:
+            done = []
+            for visit in step.visits:
+                block, left[visit.owner] = _divided_at(width(visit.spans), left.pop(visit.owner))
+                grads = Sum(block[0]), Sum(block[1])
+                work.backward((dq, *grads), visit.tiles, rows, queries, block[0], block[1], visit.ranges)
+                done.append((visit, grads))
+                del block
+            homeward.step(number, step.grads_receive, done, ahead=len(steps[number - 1]))
+        left.clear()
     if second is not None:
         work.backward((dq, dk, dv), second, rows, queries, k, v, plan.home.ranges)
     homeward.finish()
     return dq, dk, dv
 
 
-def early(dtype: torch.dtype) -> float:
-    """The share of home that is computed before the first hop of backward: as keys' bytes are to those of keys and gradients."""
-    return dtype.itemsize / (dtype.itemsize + accumulation_dtype(dtype).itemsize)
+def early(dtype: torch.dtype, last_steps: int) -> float:
+    """The share of home that is computed before the first hop of backward: as keys' bytes are to those of keys and of the gradients that
+    leave last, of so many steps."""
+    return dtype.itemsize / (dtype.itemsize + accumulation_dtype(dtype).itemsize / max(last_steps, 1))
+
+
+def least_tokens(k: Tensor, v: Tensor) -> int:
+    """Tokens whose dk and dv are STEP_BYTES."""
+    return STEP_BYTES // max(sum(x.shape[0] * x.shape[2] * x.shape[3] * accumulation_dtype(x.dtype).itemsize for x in (k, v)), 1) or 1
+
+
+def _divided_at(tokens: int, block: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return tuple(x[:, :tokens] for x in block), tuple(x[:, tokens:] for x in block)
 
 
 def divided(home: Visit, share: float) -> tuple[tuple[tuple[Tile, ...], ...], tuple[tuple[Tile, ...], ...]]:

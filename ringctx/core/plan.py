@@ -10,12 +10,13 @@ a visiting block goes next; the loop that follows a plan knows neither. Tiles ar
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 
 from ringctx.core.layout import Layout, Ranges, count, take
 from ringctx.core.pattern import Pattern
-from ringctx.core.tiles import Spans, Tile, area, draw, needs, tiles, union, width
+from ringctx.core.tiles import Spans, Tile, area, cut_columns, draw, needs, parts, tiles, union, width
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Parcel:
     peer: int
     owner: int
     spans: Spans
+
+    def part(self, c: int, d: int) -> Parcel:
+        """The tokens c..d-1 of these alone."""
+        return replace(self, spans=_within(self.spans, c, d))
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,13 @@ class Visit:
         """Query-key pairs to compute, summed over head groups."""
         return sum(map(area, self.tiles))
 
+    def part(self, c: int, d: int) -> Visit:
+        """The keys c..d-1 of these alone."""
+        if (c, d) == (0, width(self.spans)):
+            return self
+        tiles = tuple(cut_columns(rows, c, d) for rows in self.tiles)
+        return replace(self, ranges=take(self.ranges, [(c, d)]), spans=_within(self.spans, c, d), tiles=tiles)
+
 
 @dataclass(frozen=True)
 class Hop:
@@ -52,6 +64,16 @@ class Hop:
     send: tuple[Parcel, ...] = ()
     visits: tuple[Visit, ...] = ()
     grads_receive: tuple[Parcel, ...] = ()
+
+    def steps(self, least: int) -> tuple[Hop, ...]:
+        """Backward of the visits, part by part of `least` tokens or more: while one is computed the gradients of the one before travel.
+
+        Whoever sends and whoever receives a block's gradients cut them alike.
+        """
+        cut = lambda some: [some.part(c, d) for c, d in parts(width(some.spans), least)]
+        visits, grads = zip_longest(*map(cut, self.visits)), zip_longest(*map(cut, self.grads_receive))
+        both = zip_longest(visits, grads, fillvalue=())
+        return tuple(Hop(visits=tuple(filter(None, some)), grads_receive=tuple(filter(None, came))) for some, came in both)
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,17 @@ class Plan:
             work = ", ".join(f"{sum(map(len, v.tiles))} tiles with {v.area:,} pairs" for v in hop.visits) or "nothing"
             lines.append(f"  hop {number}: receives {comes}; sends {goes}; computes {work}")
         return "\n".join(lines)
+
+
+def _within(spans: Spans, c: int, d: int) -> Spans:
+    """Of the positions in the spans the c-th to the one before the d-th."""
+    found, at = [], 0
+    for a, b in spans:
+        low, high = a + max(c - at, 0), min(b, a + d - at)
+        at += b - a
+        if low < high:
+            found.append((low, high))
+    return tuple(found)
 
 
 @lru_cache(maxsize=512)

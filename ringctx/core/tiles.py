@@ -19,6 +19,8 @@ LEAF = 256  # a PARTIAL tile's longest side: larger wastes masked work, smaller 
 FINE = 128  # tokens of a side that a leaf keeps where it is cut at a border of blocks or documents
 STRIP = 4  # so many leaves may be one strip: one masked call is quicker than several and their merges
 
+MOST_PARTS = 4  # of a block whose gradients leave part by part: of what is computed last a quarter is sent last
+
 FEW_RANGES = 4  # of keys, judged one by one: the first and the latest, a border, a neighbour's
 
 Tile = tuple[int, int, int, int, int]
@@ -192,6 +194,30 @@ def cut_rows(tile: Tile, pairs: float) -> tuple[list[Tile], list[Tile]]:
         e = c + at - a
         return [(verdict, a, at, c, e)], [(int(FULL), at, b, c, e), (verdict, at, b, e, d)]
     return [(verdict, a, at, c, d)], [(verdict, at, b, c, d)]
+
+
+def cut_columns(rows: tuple[Tile, ...], c: int, d: int) -> tuple[Tile, ...]:
+    """What tiles compute of the keys at positions c..d-1, counted from c."""
+    found = []
+    for verdict, a, b, y, z in rows:
+        low, high = max(c, y), min(d, z)
+        if low >= high:
+            continue
+        if verdict == CAUSAL:  # rows before the first key see none of them, rows after the last see all
+            top, end = a + low - y, a + high - y
+            found.append((verdict, top, end, low - c, high - c))
+            if end < b:
+                found.append((int(FULL), end, b, low - c, high - c))
+        else:
+            found.append((verdict, a, b, low - c, high - c))
+    return tuple(found)
+
+
+def parts(tokens: int, least: int) -> Spans:
+    """Positions 0..tokens-1 in equal runs of about `least` tokens or more, MOST_PARTS of them at most, whole leaves but for the last."""
+    number = max(1, min(MOST_PARTS, tokens // least))
+    size = LEAF * max(1, -(-tokens // (LEAF * number)))
+    return tuple((a, min(a + size, tokens)) for a in range(0, tokens, size))
 
 
 def area(rows: tuple[Tile, ...]) -> int:

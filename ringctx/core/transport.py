@@ -6,6 +6,7 @@ between them is in the plan. Letters: b batch, n tokens, g key heads, d key widt
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -55,41 +56,50 @@ def _post(plan: Plan, ring: Ring, number: int, own: Tensors, held: dict[int, Ten
 
 
 class Homeward:
-    """Gradients of visiting keys: each joins those that arrived for the same block, and goes on as the plan says."""
+    """Gradients of visiting keys: each joins those that arrived for the same keys, and goes on as the plan says."""
 
     def __init__(self, plan: Plan, ring: Ring, own: Sums) -> None:
         self.plan, self.ring, self.own = plan, ring, own
-        self.waiting: dict[int, Tensors] = {}
-        self.parcels: tuple[Parcel, ...] = ()
-        self.arriving: list[Tensors] = []
-        self.pending: Pending | None = None
+        self.waiting: dict[tuple[int, Spans], Tensors] = {}
+        self.under_way: deque[tuple[Pending, list[tuple[Parcel, Tensors]]]] = deque()
 
     def hop(self, number: int, done: Sequence[tuple[Visit, Sums]]) -> None:
-        """After hop `number` is computed: take in what came of the hop before, send this hop's gradients on."""
-        self.finish()
+        """After all of hop `number` is computed: take in what came of the hop before, send this hop's gradients on."""
+        self.step(number, self.plan.hops[number - 1].grads_receive, done)
+
+    def step(self, number: int, receive: Sequence[Parcel], done: Sequence[tuple[Visit, Sums]], ahead: int = 1) -> None:
+        """After a part of hop `number` is computed: send its gradients on, and make room for as many.
+
+        ahead: the gradients of so many steps travel at most; those of earlier ones are waited for and taken in.
+        """
+        while len(self.under_way) >= ahead:
+            self._arrive()
         send: list[Message] = []
         for visit, grads in done:
             if visit.grads_from is not None:
-                _add(grads, self.waiting.pop(visit.owner))
+                while (visit.owner, visit.spans) not in self.waiting:
+                    self._arrive()
+                _add(grads, self.waiting.pop((visit.owner, visit.spans)))
             assert visit.grads_to is not None
             send.append(Message(visit.grads_to, tuple(g.wide() for g in grads)))
-        self.parcels = self.plan.hops[number - 1].grads_receive
-        self.arriving = [tuple(total.room(width(p.spans)) for total in self.own) for p in self.parcels]
-        receive = [Message(p.peer, t) for p, t in zip(self.parcels, self.arriving, strict=True)]
-        self.pending = self.ring.exchange("grads", f"gradients at hop {number}", receive, send, grads=True)
+        arriving = [(p, tuple(total.room(width(p.spans)) for total in self.own)) for p in receive]
+        messages = [Message(p.peer, tensors) for p, tensors in arriving]
+        self.under_way.append((self.ring.exchange("grads", f"gradients at hop {number}", messages, send, grads=True), arriving))
 
     def finish(self) -> None:
         """Wait for what is under way, and add what has come home to this rank's own gradients."""
-        if self.pending is None:
-            return
-        self.pending.wait()
-        self.pending = None
-        while self.arriving:  # emptied, so that what has been added is let go
-            parcel, tensors = self.parcels[-len(self.arriving)], self.arriving.pop(0)
+        while self.under_way:
+            self._arrive()
+
+    def _arrive(self) -> None:
+        pending, arriving = self.under_way.popleft()
+        pending.wait()
+        while arriving:  # emptied, so that what has been added is let go
+            parcel, tensors = arriving.pop(0)
             if parcel.owner == self.plan.rank:
                 _add(self.own, tensors, parcel.spans)
             else:
-                self.waiting[parcel.owner] = tensors
+                self.waiting[parcel.owner, parcel.spans] = tensors
 
 
 def _add(totals: Sums, parts: Tensors, spans: Spans | None = None) -> None:

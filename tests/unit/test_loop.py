@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ringctx import Layout
-from ringctx.core.loop import divided, early
+from ringctx.core import loop
+from ringctx.core.loop import divided, early, least_tokens
 from ringctx.core.pattern import CAUSAL
 from ringctx.core.plan import make_plan
 from ringctx.core.tiles import area
@@ -14,7 +15,8 @@ from ringctx.patterns import causal, full, window
 
 
 def test_the_first_part_is_as_long_as_keys_are_to_all_that_travels():
-    assert [early(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [1 / 3, 0.5, 0.5]
+    assert [early(dtype, 1) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [1 / 3, 0.5, 0.5]
+    assert early(torch.bfloat16, 4) == 2 / 3  # of gradients a quarter leaves last
 
 
 @pytest.mark.parametrize("share", [1 / 3, 0.5, 0.9, 1.0])
@@ -42,3 +44,10 @@ def test_the_first_part_is_never_empty():
     home = make_plan((causal() & window(40),), layout, layout, 1, "rotate").home
     first, second = divided(home, 1 / 3)
     assert first == home.tiles and second == ((),)
+
+
+def test_steps_are_counted_in_bytes_of_gradients(monkeypatch):
+    k, v = torch.empty(2, 10, 3, 16, dtype=torch.bfloat16), torch.empty(2, 10, 3, 8, dtype=torch.bfloat16)
+    monkeypatch.setattr(loop, "STEP_BYTES", 100 * 2 * 3 * (16 + 8) * 4)
+    assert least_tokens(k, v) == 100
+    assert least_tokens(k[:0], v[:0]) > 0  # no batch row: nothing travels

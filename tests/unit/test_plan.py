@@ -9,7 +9,7 @@ from ringctx import Layout
 from ringctx.core.choose import Shape, choose
 from ringctx.core.pattern import CAUSAL, FULL, PARTIAL
 from ringctx.core.plan import Plan, make_plan, path, wanted
-from ringctx.core.tiles import area, needs, pieces, spans_of, tiles, union, width
+from ringctx.core.tiles import MOST_PARTS, area, cut_columns, needs, parts, pieces, spans_of, tiles, union, width
 from ringctx.patterns import blocks, causal, dilated, documents, full, global_tokens, prefix, sinks, window
 
 PATTERNS = {
@@ -117,6 +117,60 @@ def test_every_visitor_s_gradient_comes_home_once(pattern, layout):
                     under_way[visit.grads_to, visit.owner] = total
         assert not under_way
         assert all(torch.equal(x, y) for x, y in zip(home, expected, strict=True))
+
+
+@every
+def test_steps_of_a_hop_compute_every_pair_of_it_once_and_fit_together(pattern, layout):
+    for size, transport in itertools.product(SIZES, TRANSPORTS):
+        ring = plans(pattern, layout, size, transport)
+        for number in range(max(len(p.hops) for p in ring)):
+            hops = {p.rank: p.hops[number] for p in ring if number < len(p.hops)}
+            steps = {rank: hop.steps(least=1) for rank, hop in hops.items()}
+            for rank, hop in hops.items():
+                rows = LAYOUTS[layout](S, size).indices(rank)
+                parts = [visit for step in steps[rank] for visit in step.visits]
+                assert torch.equal(pairs(rows, hop.visits, PATTERNS[pattern]), pairs(rows, parts, PATTERNS[pattern]))
+                assert len(steps[rank]) <= MOST_PARTS
+            for at in range(max(map(len, steps.values()))):
+                now = {rank: some[at] for rank, some in steps.items() if at < len(some)}
+                sent = sorted((r, v.grads_to, v.owner, v.spans) for r, step in now.items() for v in step.visits)
+                received = sorted((x.peer, r, x.owner, x.spans) for r, step in now.items() for x in step.grads_receive)
+                assert sent == received
+
+
+def pairs(rows: torch.Tensor, visits, pattern) -> torch.Tensor:
+    """How often each query of these rows meets each key in the visits' tiles."""
+    met = torch.zeros(len(rows), S, dtype=torch.int64)
+    for visit in visits:
+        keys = torch.tensor([x for r in visit.ranges for x in r], dtype=torch.int64)
+        assert len(keys) == width(visit.spans)
+        for verdict, a, b, c, d in visit.tiles[0]:
+            tile = pattern.allows(rows[a:b], keys[c:d]) if verdict == PARTIAL else torch.ones(b - a, d - c, dtype=torch.bool)
+            met[a:b].index_add_(1, keys[c:d], (tile.tril() if verdict == CAUSAL else tile).long())
+    return met
+
+
+@pytest.mark.parametrize("verdict", [FULL, CAUSAL, PARTIAL])
+def test_columns_of_a_tile_are_its_columns(verdict):
+    rows = ((int(verdict), 3, 23, 5, 25), (int(FULL), 23, 30, 0, 5))
+    whole = torch.zeros(30, 25, dtype=torch.int64)
+    whole[3:23, 5:25] = torch.ones(20, 20, dtype=torch.int64).tril() if verdict == CAUSAL else 1
+    whole[23:30, :5] = 1
+    for c, d in [(0, 25), (0, 5), (5, 12), (12, 25), (24, 25), (3, 9)]:
+        found = torch.zeros(30, d - c, dtype=torch.int64)
+        for kind, a, b, y, z in cut_columns(rows, c, d):
+            assert kind != CAUSAL or b - a == z - y
+            found[a:b, y:z] += torch.ones(b - a, z - y, dtype=torch.int64).tril() if kind == CAUSAL else 1
+        assert torch.equal(found, whole[:, c:d])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "least", "expected"), [(0, 4, 0), (3, 4, 1), (4, 4, 1), (8, 4, 2), (1000, 1, 4), (13, 4, 2), (1000, 300, 3)]
+)
+def test_parts_are_few_and_hold_all(tokens, least, expected):
+    found = parts(tokens, least)
+    assert len(found) <= expected and union([found]) == (((0, tokens),) if tokens else ())
+    assert all(b - a >= min(least, tokens) // 2 for a, b in found)
 
 
 @every

@@ -8,6 +8,7 @@ from ringctx import Layout
 from ringctx.core.pattern import Pattern
 from ringctx.core.plan import Plan, make_plan
 from ringctx.patterns import causal, full, window
+from ringctx.tools.planner import simulate
 from ringctx.tools.planner.simulate import Costs, Link, backward, forward
 
 FREE = Link(0.0, float("inf"))
@@ -41,6 +42,17 @@ def test_backward_of_two_ranks_by_hand() -> None:
     assert times.computing == pytest.approx((0.02, 0.02)) and times.exposed == pytest.approx((0.002, 0.002))
     hidden = backward(made, costs(Link(0.0, 100 / (0.01 / 3))))
     assert hidden.total == pytest.approx(0.02) and max(hidden.exposed) < 1e-9
+
+
+def test_gradients_that_leave_in_steps_are_hidden_where_they_were_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, work = plans(full(), Layout.contiguous(2048, 2)), 1024**2 * 1e-6
+    link = Link(0.0, 1024 / (0.5 * work))  # keys travel half as long as home or the visit takes, gradients as long
+    whole = backward(made, costs(link))
+    assert whole.total == pytest.approx(2.5 * work) and whole.exposed == pytest.approx((0.5 * work,) * 2)
+    monkeypatch.setattr(simulate, "STEP_BYTES", 512)
+    steps = backward(made, costs(link))
+    assert steps.total == pytest.approx(2 * work) and max(steps.exposed) < 1e-9
+    assert steps.computing == pytest.approx(whole.computing)
 
 
 def test_what_takes_the_core_is_not_hidden() -> None:

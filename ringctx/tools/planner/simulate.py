@@ -6,9 +6,12 @@ step: a rank waits for a hop, posts the next, and computes while that travels; i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
+from ringctx.core.loop import STEP_BYTES
 from ringctx.core.plan import Hop, Parcel, Plan, Visit
 from ringctx.core.tiles import width
 
@@ -111,28 +114,40 @@ def forward(plans: Sequence[Plan], costs: Costs) -> Times:
 
 
 def backward(plans: Sequence[Plan], costs: Costs) -> Times:
-    """Of `loop.backward`: home is computed in two parts, before the first hop and after the last, as long as their messages."""
+    """Of `loop.backward`: home is computed in two parts, before the first hop and after the last, as long as their messages; large visits
+    in steps, whose gradients leave one by one."""
     clocks, hops = _Clocks(len(plans), costs), _hops(plans)
     ranks = range(len(plans))
+    least = int(STEP_BYTES // max(costs.grads, 1)) or 1
+    steps = [[hop.steps(least) for hop in some] for some in hops]
     coming = _post(clocks, hops, 0, costs.keys)
-    early = costs.keys / (costs.keys + costs.grads) if hops else 1.0
+    early = [costs.keys / (costs.keys + costs.grads / max(len(steps[-1][rank]), 1)) if hops else 1.0 for rank in ranks]
     for rank, plan in enumerate(plans):
-        _compute(clocks, rank, early * costs.work(rank, plan.home), coming[rank])
-    homeward: list[float] = [0.0 for _ in ranks]
+        _compute(clocks, rank, early[rank] * costs.work(rank, plan.home), coming[rank])
+    under_way: deque[list[float]] = deque()
     for number in range(len(hops)):
         _arrive(clocks, coming)
         coming = _post(clocks, hops, number + 1, costs.keys)
-        for rank, hop in enumerate(hops[number]):
-            _work(clocks, rank, hop.visits, costs, coming)
+        together = list(zip_longest(*steps[number], fillvalue=Hop()))
+        for step in together:
+            for rank, hop in enumerate(step):
+                _work(clocks, rank, hop.visits, costs, coming)
+            while len(under_way) >= len(together):
+                _arrive(clocks, under_way.popleft())
+            under_way.append(_post_grads(clocks, step, under_way[-1] if under_way else clocks.now))
+    for rank, plan in enumerate(plans):
+        _compute(clocks, rank, (1 - early[rank]) * costs.work(rank, plan.home), under_way[-1][rank] if under_way else clocks.now[rank])
+    for homeward in under_way:
         _arrive(clocks, homeward)
-        posted = [clocks.post(rank) if _moves_grads(hops[number][rank]) else clocks.now[rank] for rank in ranks]
-        send = [[Parcel(v.grads_to, v.owner, v.spans) for v in hop.visits if v.grads_to is not None] for hop in hops[number]]
-        homeward = clocks.arrivals(posted, [hop.grads_receive for hop in hops[number]], send, costs.grads)
-    if hops:
-        for rank, plan in enumerate(plans):
-            _compute(clocks, rank, (1 - early) * costs.work(rank, plan.home), homeward[rank])
-    _arrive(clocks, homeward)
     return clocks.times()
+
+
+def _post_grads(clocks: _Clocks, step: Sequence[Hop], before: Sequence[float]) -> list[float]:
+    """Post the gradients of a step on every rank; returns when they will have moved, after those posted before."""
+    posted = [clocks.post(rank) if hop.grads_receive or hop.visits else clocks.now[rank] for rank, hop in enumerate(step)]
+    begun = [max(pair) for pair in zip(posted, before, strict=True)]
+    send = [[Parcel(v.grads_to, v.owner, v.spans) for v in hop.visits if v.grads_to is not None] for hop in step]
+    return clocks.arrivals(begun, [hop.grads_receive for hop in step], send, clocks.costs.grads)
 
 
 def _hops(plans: Sequence[Plan]) -> list[list[Hop]]:
@@ -147,10 +162,6 @@ def _post(clocks: _Clocks, hops: list[list[Hop]], number: int, size: float) -> l
         return list(clocks.now)
     posted = [clocks.post(rank) if hop.receive or hop.send else clocks.now[rank] for rank, hop in enumerate(hops[number])]
     return clocks.arrivals(posted, [hop.receive for hop in hops[number]], [hop.send for hop in hops[number]], size)
-
-
-def _moves_grads(hop: Hop) -> bool:
-    return bool(hop.grads_receive or hop.visits)
 
 
 def _work(clocks: _Clocks, rank: int, visits: Iterable[Visit], costs: Costs, coming: Sequence[float]) -> None:
