@@ -54,7 +54,7 @@ def timed(x: list[Tensor], dout: Tensor, pattern: Pattern, transport: str = "aut
     return middle - began, time.process_time() - middle
 
 
-def by_density(tokens: int, side: int, dtype: torch.dtype, rounds: int, heads: int = 8, width: int = 64) -> Iterator[str]:
+def by_density(tokens: int, side: int, dtype: torch.dtype, rounds: int, heads: int, width: int = 64) -> Iterator[str]:
     """A line a share of blocks."""
     make = torch.Generator().manual_seed(SEED)
     *x, dout = (torch.randn(1, tokens, heads, width, generator=make).to(dtype) for _ in range(4))
@@ -114,13 +114,14 @@ BALANCE = "| pattern | busiest over mean, zigzag | balanced | keys sent | keys n
 @click.option("--side", "sides", type=int, multiple=True, default=(128, 512), show_default=True)
 @click.option("--dtype", "dtypes", type=click.Choice(["bfloat16", "float32"]), multiple=True, default=("bfloat16",), show_default=True)
 @click.option("--rounds", default=3, show_default=True)
+@click.option("--heads", default=8, show_default=True, help="Of 64; ratios do not depend on them, and few make long sequences quick.")
 @click.option("--ranks", default=4, show_default=True, help="Of the table of balance; 0 leaves it out.")
-def main(tokens: int, sides: tuple[int, ...], dtypes: tuple[str, ...], rounds: int, ranks: int) -> None:
+def main(tokens: int, sides: tuple[int, ...], dtypes: tuple[str, ...], rounds: int, heads: int, ranks: int) -> None:
     """Measure."""
     torch.set_num_threads(1)
     for dtype in dtypes:
         for side in sides:
-            title, *lines = by_density(tokens, side, getattr(torch, dtype), rounds)
+            title, *lines = by_density(tokens, side, getattr(torch, dtype), rounds, heads)
             click.echo("\n".join(["", title, "", TIMES, *lines]))
     if not ranks:
         return
