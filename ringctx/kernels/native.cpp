@@ -67,16 +67,16 @@ struct Shape {
     float scale;
     Bias bias;
     int keys_at_once() const { return d + e > 128 ? KEYS : KEYS / 2; }  // measured: wider heads want longer sums, narrow ones the first cache
+    int64_t band() const { return 2048 / (d + e) * SQUARE; }  // blocks of queries that stay in the second cache while all keys pass
     Seen seen(int64_t query, int64_t key) const {
         if (grid) return (Seen)grid[query * blocks_of(n) + key];
         return !causal || key < query ? ALL : key == query ? CUT : NONE;
     }
-    // Whether the grid shows nothing of some keys to a square of queries.
+    // Whether the grid shows nothing of some keys to a square of queries. Behind it lies, of each square, whether anything is seen.
     bool blank(int64_t query, int64_t key, int keys) const {
-        static const uint8_t none[KEYS] = {NONE};
-        for (int64_t i = query, across = blocks_of(n); grid && i < std::min(query + SQUARE, blocks_of(s)); i++)
-            if (std::memcmp(grid + i * across + key, none, std::min<int64_t>(keys, across - key))) return false;
-        return grid;
+        const int64_t across = blocks_of(n), squares = (across + SQUARE - 1) / SQUARE, end = std::min((key + keys) / SQUARE, squares);
+        const uint8_t *row = grid + blocks_of(s) * across + query / SQUARE * squares;
+        return grid && std::all_of(row + key / SQUARE, row + end, [](uint8_t seen) { return seen == NONE; });
     }
 };
 
@@ -518,13 +518,12 @@ static void unpack_transposed(float *to, int64_t stride, const float *sums, int6
         }
 }
 
-// One key head of one sequence, and all query heads that share it.
+// One key head of one sequence, which a thread takes at a time, and all query heads that share it.
 static void differentiate_head(Backward &at, Packed &x, const Shape &of, const View &q, const View &k, const View &v, const View &dout,
                                const View &out, const float *lse, const float *dlse, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
     const int64_t share = of.h / of.g;
     pack(plain, x.k.at, k, b, g, of.n, of.d), pack(plain_transpose, x.k_transposed.at, k, b, g, of.n, of.d);
-    pack(plain, x.v.at, v, b, g, of.n, of.e);
-    x.dk.zero(), x.dv.zero();
+    pack(plain, x.v.at, v, b, g, of.n, of.e), x.dk.zero(), x.dv.zero();
     for (int64_t h = g * share; h < (g + 1) * share; h++) {
         pack(paired_transpose, x.q_by_columns.at, q, b, h, of.s, of.d), pack(paired, x.q_by_rows.at, q, b, h, of.s, of.d);
         pack(paired_transpose, x.dout_by_columns.at, dout, b, h, of.s, of.e), pack(paired, x.dout_by_rows.at, dout, b, h, of.s, of.e);
@@ -534,9 +533,12 @@ static void differentiate_head(Backward &at, Packed &x, const Shape &of, const V
             x.delta.at[i] = i < of.s ? dot(dout.row(b, i, h), out.row(b, i, h), of.e) - (dlse ? dlse[row] : 0.0f) : 0.0f;
         }
         x.dq.zero();
-        for (int64_t key = 0; key < blocks_of(of.n); key += SQUARE)
-            for (int64_t query = of.causal && !of.grid ? key : 0; query < blocks_of(of.s); query += SQUARE)
-                if (!of.blank(query, key, SQUARE)) square(at, of, x, b, h, key, query);
+        for (int64_t first = 0; first < blocks_of(of.s); first += of.band()) {
+            const int64_t last = std::min(first + of.band(), blocks_of(of.s));
+            for (int64_t key = 0; key < blocks_of(of.n); key += SQUARE)
+                for (int64_t query = of.causal && !of.grid ? std::max(first, key) : first; query < last; query += SQUARE)
+                    if (!of.blank(query, key, SQUARE)) square(at, of, x, b, h, key, query);
+        }
         unpack_transposed(dq + (b * of.s * of.h + h) * of.d, of.h * of.d, x.dq.at, of.s, of.d, of.scale);
     }
     unpack(dk + (b * of.n * of.g + g) * of.d, of.g * of.d, x.dk.at, of.n, of.d, of.scale);
@@ -546,9 +548,8 @@ static void differentiate_head(Backward &at, Packed &x, const Shape &of, const V
 // -- what Python calls --------------------------------------------------------------------------------------------------------------
 
 extern "C" {
-// Whether this process may use AMX.
-int ringctx_permitted() { return permitted(); }
-// sizes: b s n h g d e causal. strides: of q, k, v, bias (b h s), three each; bias and grid (blocks of s, blocks of n) may be null.
+int ringctx_permitted() { return permitted(); }  // whether this process may use AMX
+// sizes: b s n h g d e causal. strides: of q, k, v, bias (b h s), three each; bias and grid (see Shape) may be null.
 // out (b s h e) and lse (b s h), contiguous fp32.
 void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const int64_t *strides,
                      const int64_t *sizes, float scale, int threads, float *out, float *lse) {
@@ -578,7 +579,6 @@ void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias
 }
 
 // strides: of q, k, v, bias, dout, out. lse, dlse (b s h) or null, dq (b s h d), dk (b n g d), dv (b n g e): contiguous fp32.
-// A thread takes a key head of a sequence at a time.
 void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const u16 *dout, const u16 *out,
                       const int64_t *strides, const float *lse, const float *dlse, const int64_t *sizes, float scale, int threads, float *dq,
                       float *dk, float *dv) {

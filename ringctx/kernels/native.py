@@ -29,7 +29,7 @@ FLAGS = (
     *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"),
     *(f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma", "amx-tile", "amx-bf16")),
 )
-EDGE, WIDEST = 32, 256
+EDGE, WIDEST, SQUARE = 32, 256, 4
 """Widths are multiples of the first, up to the second."""
 
 log = logging.getLogger("ringctx.kernels")
@@ -123,14 +123,17 @@ def _grid(q: Tensor, k: Tensor, tiles: tuple[Tile, ...] | None) -> Tensor | None
 
 @lru_cache(maxsize=64)
 def _marked(tiles: tuple[Tile, ...], num_queries: int, num_keys: int) -> Tensor:
-    """Of each block of queries and of keys, what is seen: 0 nothing, 1 all, 2 the causal half. Kept, since a model's layers ask alike."""
+    """Of each block of queries and of keys, what is seen: 0 nothing, 1 all, 2 the causal half; then of each square of SQUARE x SQUARE blocks
+    whether anything is. Kept, since a model's layers ask alike."""
     grid = torch.zeros(num_queries, num_keys, dtype=torch.uint8)
     for is_causal, *borders in tiles:
         a, b, c, d = (-(-border // EDGE) for border in borders)
         part = grid[a:b, c:d].fill_(1)
         if is_causal:
             part.tril_().diagonal().fill_(2)
-    return grid
+    squares = torch.nn.functional.pad(grid, (0, -num_keys % SQUARE, 0, -num_queries % SQUARE)) > 0
+    squares = squares.unflatten(0, (-1, SQUARE)).unflatten(2, (-1, SQUARE)).any(3).any(1)
+    return torch.cat([grid.flatten(), squares.flatten().to(grid.dtype)])
 
 
 def _strides(*tensors: Tensor | None) -> Any:
