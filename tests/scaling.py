@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 
 import click
@@ -35,16 +36,14 @@ def call(ring: Ring, tokens: int, attention: Attention, dtype: torch.dtype) -> N
     torch.autograd.grad(out, x, dout)
 
 
-def processor_seconds(ring: Ring, tokens: int, window: int, dtype: str, rounds: int, alone: bool = False) -> list[float]:
-    """Of this rank, each round; alone: as a ring of one."""
+def processor_seconds(ring: Ring, tokens: int, window: int, dtype: str, alone: bool) -> float:
+    """Of this rank's second call; alone: as a ring of one."""
     torch.set_num_threads(1)
-    ring = Ring.alone() if alone else ring
-    attention, found = Attention(p.causal() & p.window(window) if window else p.causal()), []
-    for _ in range(rounds + 1):
+    attention = Attention(p.causal() & p.window(window) if window else p.causal())
+    for _ in range(2):
         began = time.process_time()
-        call(ring, tokens, attention, getattr(torch, dtype))
-        found.append(time.process_time() - began)
-    return found[1:]
+        call(Ring.alone() if alone else ring, tokens, attention, getattr(torch, dtype))
+    return time.process_time() - began
 
 
 def extra_memory(ring: Ring, tokens: int, dtype: str) -> float:
@@ -71,16 +70,17 @@ def extra_memory(ring: Ring, tokens: int, dtype: str) -> float:
 def main(tokens: int, dtype: str, rounds: int) -> None:
     """Measure."""
     with Pool(ring_timeout=120.0, first=8) as pool:
+        found: dict[tuple[int, int], list[float]] = {}
+        for _ in range(rounds):  # in turns, so that a machine that slows down slows all
+            for size, window in product((1, 2, 4, 8), (WINDOW, 0)):
+                given = (tokens * size if window else 8 * tokens, window, dtype, size == 1)
+                ranks = pool.run(processor_seconds, *given, size=max(size, 2), timeout=900.0)
+                found.setdefault((size, window), []).append(sum(ranks) * size / len(ranks))
         click.echo(HEADS_OF_TABLE)
         for size in (1, 2, 4, 8):
-            found = []
-            for window, whole in ((WINDOW, tokens * size), (0, 8 * tokens)):
-                given = (whole, window, dtype, rounds, size == 1)
-                ranks = pool.run(processor_seconds, *given, size=max(size, 2), timeout=900.0)
-                found.append(statistics.median(map(sum, zip(*ranks, strict=True))) * size / len(ranks))
             pairs = HEADS * sum(min(n + 1, WINDOW) for n in range(tokens * size))
-            by_pair, by_token = 1e9 * found[0] / pairs, 1e6 * found[0] / (tokens * size)
-            click.echo(f"| {size} | {by_token:.1f} | {by_pair:.2f} | {1000 * found[1]:.0f} |")
+            near, whole = (statistics.median(found[size, window]) for window in (WINDOW, 0))
+            click.echo(f"| {size} | {1e6 * near / (tokens * size):.1f} | {1e9 * near / pairs:.2f} | {1000 * whole:.0f} |")
     with Pool(ring_timeout=120.0, first=2) as pool:
         found = pool.run(extra_memory, 8192, dtype, size=2)
         click.echo(f"\nMemory besides the tensors, 8,192 tokens on 2 ranks, causal, forward and backward: {max(found):.0f} MB a rank")
