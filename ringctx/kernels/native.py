@@ -123,7 +123,7 @@ def _grid(q: Tensor, k: Tensor, tiles: tuple[Tile, ...] | None) -> Tensor | None
 
 @lru_cache(maxsize=64)
 def _marked(tiles: tuple[Tile, ...], num_queries: int, num_keys: int) -> Tensor:
-    """Of each block of queries and of keys, what is seen: 0 nothing, 1 all, 2 the causal half; then of each square of SQUARE x SQUARE blocks
+    """Of each block of queries and of keys, what is seen: 0 nothing, 1 all, 2 the causal half; then of each SQUARE x SQUARE of them
     whether anything is. Kept, since a model's layers ask alike."""
     grid = torch.zeros(num_queries, num_keys, dtype=torch.uint8)
     for is_causal, *borders in tiles:
