@@ -71,7 +71,7 @@ WHO_SEES_WHOM = (
     ),
     Mutation(
         "mask_by_block",
-        CORE + "compute.py",
+        CORE + "masks.py",
         "pattern.allows(indices_of(queries, device), indices_of(keys, device))",
         "pattern.allows(indices_of(queries, device) // 8 * 8, indices_of(keys, device) // 8 * 8)",
         "masks are as coarse as blocks",

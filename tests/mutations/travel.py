@@ -88,8 +88,8 @@ TRAVEL = (
     Mutation(
         "not_reduced_on_the_way",
         CORE + "transport.py",
-        "_add(grads, self.waiting.pop(visit.owner))",
-        "self.waiting.pop(visit.owner)",
+        "_add(grads, self.waiting.pop((visit.owner, visit.spans)))",
+        "self.waiting.pop((visit.owner, visit.spans))",
         "what earlier ranks gave to a block's gradient is lost on the next",
         exact("rotate"),
     ),
@@ -116,6 +116,22 @@ TRAVEL = (
         "[(verdict, at, b, e, d)]",
         "a causal tile that is cut for backward loses the square below the cut",
         unit("loop", "test_home_is_divided_by_its_share_and_loses_nothing"),
+    ),
+    Mutation(
+        "square_below_the_columns",
+        CORE + "tiles.py",
+        "if end < b:",
+        "if end < a:",
+        "a causal tile that is cut for steps loses the square below the cut",
+        unit("plan", "test_columns_of_a_tile_are_its_columns"),
+    ),
+    Mutation(
+        "steps_of_the_same_keys",
+        CORE + "plan.py",
+        "ranges=take(self.ranges, [(c, d)])",
+        "ranges=take(self.ranges, [(0, d - c)])",
+        "every step of a visit takes its first keys' indices",
+        unit("plan", "test_steps_of_a_hop_compute_every_pair_of_it_once_and_fit_together"),
     ),
     Mutation(
         "beside_the_rectangle",
