@@ -47,20 +47,16 @@ def processor_seconds(ring: Ring, tokens: int, window: int, dtype: str, alone: b
 
 
 def extra_memory(ring: Ring, tokens: int, dtype: str) -> float:
-    """Megabytes at the peak of the second call over what the process held before it with the call's own tensors."""
+    """Megabytes at the peak of a rank's first call over what the process held before it with the call's own tensors."""
     torch.set_num_threads(1)
     layout, kind = Layout.zigzag(tokens, ring.size), getattr(torch, dtype)
     *x, dout = (torch.randn(1, layout.count(ring.rank), HEADS, WIDTH).to(kind) for _ in range(4))
     x = [one.requires_grad_() for one in x]
-    peaks = []
-    for _ in range(2):
-        before = held_memory(torch.device("cpu"))
-        Path("/proc/self/clear_refs").write_text("5")
-        out = ring_attention(*x, ring=ring, layout=layout, attention=Attention())
-        torch.autograd.grad(out, x, dout)
-        peaks.append((highest() - before) / 1e6)
-        del out
-    return peaks[0]
+    before = held_memory(torch.device("cpu"))
+    Path("/proc/self/clear_refs").write_text("5")
+    out = ring_attention(*x, ring=ring, layout=layout, attention=Attention())
+    torch.autograd.grad(out, x, dout)
+    return (highest() - before) / 1e6
 
 
 @click.command()
