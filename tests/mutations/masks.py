@@ -82,8 +82,8 @@ WHO_SEES_WHOM = (
         CORE + "compute.py",
         "indices_of(keys, q.device)[c:d]",
         "torch.arange(c, d, device=q.device)",
-        "visiting keys are numbered by their place on this rank: masks, biases and dropout go wrong",
-        exact("window"),
+        "visiting keys are numbered by their place on this rank: biases and dropout go wrong",
+        exact("scores"),
     ),
     Mutation(
         "chunk_order",
