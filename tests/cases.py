@@ -311,14 +311,21 @@ def problem(case: Case, device: str = "cpu") -> Problem:
 
 
 @contextmanager
-def small_steps(step_bytes: int = 1) -> Iterator[None]:
-    """Backward leaves in steps of so many bytes, and of 8 tokens at least, so that short sequences have some too."""
+def small_tiles(side: int = 8) -> Iterator[None]:
+    """Masked tiles of so few tokens a side that few make many tiles; what was planned otherwise is forgotten before and after."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "LEAF", 8)
-        patch.setattr(loop, "STEP_BYTES", step_bytes)
+        patch.setattr(tiles, "LEAF", side)
         forget_plans()
         yield
     forget_plans()
+
+
+@contextmanager
+def small_steps(step_bytes: int = 1) -> Iterator[None]:
+    """Backward leaves in steps of so many bytes, and of 8 tokens at least, so that short sequences have some too."""
+    with small_tiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "STEP_BYTES", step_bytes)
+        yield
 
 
 # -- what a rank does ---------------------------------------------------------------------------------------------------

@@ -64,8 +64,10 @@ def bench(
     as_json: bool,
 ) -> int:
     """Time the ring against torch's own attention on the same tensors, as docs/results does."""
-    if not launch.is_rank() and (ranks or 2) % (nodes * heads):
-        raise ConfigError(f"{ranks or 2} ranks cannot be folded in head groups of {heads} on {nodes} nodes; the product must divide them.")
+    from ringctx.core.ring import require_fold
+
+    if not launch.is_rank():
+        require_fold(ranks or 2, heads, nodes)
     if not launch.is_rank() and (ranks or 2) > 1:
         return launch.run(ranks or 2, typed.arguments)
     with ring_of(Config(), ranks, typed.level, heads=heads, nodes=nodes) as ring:

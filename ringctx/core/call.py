@@ -24,7 +24,7 @@ from ringctx.core.heads import HeadGroupExchange, Trade, Traded, make_trade, sha
 from ringctx.core.layout import Layout
 from ringctx.core.masks import MASKS
 from ringctx.core.pattern import Pattern
-from ringctx.core.plan import Plan, make_plan, wanted
+from ringctx.core.plan import Plan, make_plan, steps_of, wanted
 from ringctx.core.ring import Ring
 from ringctx.core.sums import Sum
 from ringctx.core.tiles import forget_tiles
@@ -206,7 +206,7 @@ def forget_plans() -> None:
     """Empty the caches of everything that is planned by pattern: for patterns that are used once."""
     forget_tiles()
     MASKS.forget()
-    for cached in (choose, make_plan, wanted, pass_q.make_query_plan, _digest):
+    for cached in (choose, make_plan, steps_of, wanted, pass_q.make_query_plan, _digest):
         cached.cache_clear()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ringctx.core.compute import Work
 from ringctx.core.layout import Ranges
-from ringctx.core.plan import Plan, Visit
+from ringctx.core.plan import Plan, Visit, steps_of
 from ringctx.core.ring import Ring
 from ringctx.core.sums import Sum
 from ringctx.core.tiles import Tile, area, cut_rows, width
@@ -54,8 +54,10 @@ def backward(
     """
     rows = (dout.to(q.dtype), q, out, lse.masked_fill(lse == -torch.inf, 0.0), dlse)
     dq, dk, dv = Sum(q), Sum(k), Sum(v)
-    steps = [hop.steps(least_tokens(k, v)) for hop in plan.hops]
-    first, second = divided(plan.home, early(q.dtype, len(steps[-1]))) if steps else (plan.home.tiles, None)
+    item, wide = k.dtype.itemsize, accumulation_dtype(k.dtype).itemsize
+    least = least_tokens(wide * k.shape[0] * k.shape[2] * (k.shape[3] + v.shape[3]))  # the same on ranks that hold no key
+    steps = [steps_of(hop, least) for hop in plan.hops]
+    first, second = divided(plan.home, early(item, wide, len(steps[-1]))) if steps else (plan.home.tiles, None)
     homeward = Homeward(plan, ring, (dk, dv))
     for number, present in visits(plan, ring, (k, v)):
         if number == 0:
@@ -79,15 +81,15 @@ def backward(
     return dq, dk, dv
 
 
-def early(dtype: torch.dtype, last_steps: int) -> float:
+def early(keys: float, grads: float, last_steps: int) -> float:
     """The share of home that is computed before the first hop of backward: as keys' bytes are to those of keys and of the gradients that
-    leave last, of so many steps."""
-    return dtype.itemsize / (dtype.itemsize + accumulation_dtype(dtype).itemsize / max(last_steps, 1))
+    leave last, of so many steps. keys, grads: bytes of a token, or of a number."""
+    return keys / (keys + grads / max(last_steps, 1))
 
 
-def least_tokens(k: Tensor, v: Tensor) -> int:
-    """Tokens whose dk and dv are STEP_BYTES."""
-    return STEP_BYTES // max(sum(x.shape[0] * x.shape[2] * x.shape[3] * accumulation_dtype(x.dtype).itemsize for x in (k, v)), 1) or 1
+def least_tokens(grads: float) -> int:
+    """Tokens of a step at least. grads: bytes of a token's dk and dv."""
+    return max(int(STEP_BYTES // max(grads, 1)), 1)
 
 
 def _divided_at(tokens: int, block: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -65,15 +65,17 @@ class Hop:
     visits: tuple[Visit, ...] = ()
     grads_receive: tuple[Parcel, ...] = ()
 
-    def steps(self, least: int) -> tuple[Hop, ...]:
-        """Backward of the visits, part by part of `least` tokens or more: while one is computed the gradients of the one before travel.
 
-        Whoever sends and whoever receives a block's gradients cut them alike.
-        """
-        cut = lambda some: [some.part(c, d) for c, d in parts(width(some.spans), least)]
-        visits, grads = zip_longest(*map(cut, self.visits)), zip_longest(*map(cut, self.grads_receive))
-        both = zip_longest(visits, grads, fillvalue=())
-        return tuple(Hop(visits=tuple(filter(None, some)), grads_receive=tuple(filter(None, came))) for some, came in both)
+@lru_cache(maxsize=512)
+def steps_of(hop: Hop, least: int) -> tuple[Hop, ...]:
+    """Backward of a hop's visits, part by part of `least` tokens or more: while one is computed the gradients of the one before travel.
+
+    Whoever sends and whoever receives a block's gradients cut them alike.
+    """
+    cut = lambda some: [some.part(c, d) for c, d in parts(width(some.spans), least)]
+    visits, grads = zip_longest(*map(cut, hop.visits)), zip_longest(*map(cut, hop.grads_receive))
+    both = zip_longest(visits, grads, fillvalue=())
+    return tuple(Hop(visits=tuple(filter(None, some)), grads_receive=tuple(filter(None, came))) for some, came in both)
 
 
 @dataclass(frozen=True)

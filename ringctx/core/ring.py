@@ -112,10 +112,7 @@ class Ring:
         self.dead: str | None = None
         self.kept: dict[Hashable, Any] = {}
         self._owns_world = False
-        if self.size % (heads * nodes):
-            raise ConfigError(
-                f"{self.size} ranks cannot be folded in head groups of {heads} on {nodes} nodes: the product must divide them."
-            )
+        require_fold(self.size, heads, nodes)
 
     # -- making one -------------------------------------------------------------------------------------------------
 
@@ -288,6 +285,12 @@ class Ring:
     def __str__(self) -> str:
         folds = f", head groups of {self.heads}" * (self.heads > 1) + f", {self.nodes} nodes" * (self.nodes > 1)
         return f"rank {self.rank} of {self.size}{folds}"
+
+
+def require_fold(size: int, heads: int, nodes: int) -> None:
+    """Raises ConfigError where so many ranks cannot be folded so."""
+    if size % (heads * nodes):
+        raise ConfigError(f"{size} ranks cannot be folded in head groups of {heads} on {nodes} nodes: the product must divide them.")
 
 
 def _bytes(messages: Sequence[Message]) -> int:

@@ -22,6 +22,7 @@ from ringctx.core.pattern import Pattern
 from ringctx.core.ring import Ring
 from ringctx.kernels import REGISTRY, Call
 from ringctx.tools.floors import Silent
+from tests.sparse import SHARES, random_blocks
 
 ROUNDS = 7
 Shape = tuple[int, int, int]
@@ -135,12 +136,7 @@ def rank_of_many(shape: Shape, tokens: int, size: int, backward: bool) -> None:
 
 def by_density(shape: Shape, tokens: int) -> None:
     """Time of sparse patterns against density times the time of the causal call."""
-    side, n = 128, tokens // 128
-    draw = torch.Generator().manual_seed(0)
-    patterns: dict[str, Pattern] = {
-        f"random blocks of {side}, {share:.0%}": p.causal() & p.blocks(torch.rand(n, n, generator=draw) < share, side)
-        for share in (0.5, 0.25, 0.1, 0.05, 0.02)
-    }
+    patterns = {f"random blocks of 128, {share:.0%}": random_blocks(tokens, 128, share) for share in SHARES}
     patterns |= {
         "window 4,096": p.causal() & p.window(4096),
         "window 4,096 and 4 sinks": p.causal() & (p.window(4096) | p.sinks(4)),

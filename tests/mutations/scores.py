@@ -128,8 +128,8 @@ HEADS_AND_SCORES = (
     Mutation(
         "scale_by_values",
         CORE + "compute.py",
-        "scale_of(attention, q.shape[3])",
-        "scale_of(attention, v.shape[3])",
+        "scores = self.scores(group, tile, q, queries, keys, backward)",
+        "scores = self.scores(group, tile, v, queries, keys, backward)",
         "logits are scaled by the width of the values",
         exact("widths"),
     ),

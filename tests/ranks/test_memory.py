@@ -6,6 +6,7 @@ keeps its visitors is caught, however it does so. Keys are in bf16 and gradients
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,18 +18,13 @@ from tests.pool import Pool
 from tests.wire import tapped
 
 
-def _most(ring: Any, case: Case, step_bytes: int) -> dict[str, int]:
+def _most(ring: Any, case: Case, steps: bool = False) -> dict[str, int]:
     """Most bytes of received keys and of received gradients that were here at once, forward and backward."""
-    with small_steps(step_bytes):
-        return _most_of(ring, case)
-
-
-def _most_of(ring: Any, case: Case) -> dict[str, int]:
     given = problem(case)
     q, k, v = (given.part(x, ring.rank, given.layout, given.i).requires_grad_() for x in (given.q, given.k, given.v))
     with tapped() as forward:
         out = ring_attention(q, k, v, ring=ring, layout=given.layout, attention=given.attention, transport=case.transport)
-    with tapped() as backward:
+    with tapped() as backward, small_steps() if steps else nullcontext():
         torch.autograd.grad(out, (q, k, v), given.part(given.dout, ring.rank, given.layout, given.i))
     assert set(forward.most) <= {"bfloat16"}
     return {"forward": forward.most["bfloat16"], "backward": backward.most["bfloat16"], "grads": backward.most["float32"]}
@@ -36,12 +32,12 @@ def _most_of(ring: Any, case: Case) -> dict[str, int]:
 
 @pytest.mark.parametrize("pattern", ["full", "causal", "causal&window300", "longformer"])
 @pytest.mark.parametrize("route", ["rotate", "fetch", "double"])
-@pytest.mark.parametrize(("size", "step_bytes"), [(2, 2**30), (4, 2**30), (8, 2**30), (2, 1), (4, 1)])
-def test_two_visiting_blocks_at_most(pool: Pool, route: str, size: int, step_bytes: int, pattern: str) -> None:
+@pytest.mark.parametrize(("size", "steps"), [(2, False), (4, False), (8, False), (2, True), (4, True)])
+def test_two_visiting_blocks_at_most(pool: Pool, route: str, size: int, steps: bool, pattern: str) -> None:
     s = 48
     case = Case(size=size, length=s * size, layout="zigzag", pattern=pattern, route=route, dtype="bf16", heads=(4, 2), widths=(16, 32))
     block = s * 2 * (16 + 32) * 2
-    for rank, most in enumerate(pool.run(_most, case, step_bytes, size=size, fold=case.fold)):
+    for rank, most in enumerate(pool.run(_most, case, steps, size=size, fold=case.fold)):
         assert most["forward"] <= 2 * block, f"rank {rank} held {most['forward'] / block:.2f} blocks"
         assert most["backward"] <= 2 * block, f"rank {rank} held {most['backward'] / block:.2f} blocks in backward"
         assert most["grads"] <= 2 * (2 * block), f"rank {rank} held gradients of {most['grads'] / (2 * block):.2f} blocks"
@@ -50,4 +46,4 @@ def test_two_visiting_blocks_at_most(pool: Pool, route: str, size: int, step_byt
 def test_gather_holds_everything_and_is_seen_to(pool: Pool) -> None:
     """The measure works: gather's bound is the whole sequence, and that is what is seen."""
     case = Case(size=4, length=192, layout="zigzag", pattern="full", route="gather", dtype="bf16", heads=(4, 2), widths=(16, 32))
-    assert all(most["forward"] == 3 * 48 * 2 * 48 * 2 for most in pool.run(_most, case, 2**30, size=4))
+    assert all(most["forward"] == 3 * 48 * 2 * 48 * 2 for most in pool.run(_most, case, size=4))

@@ -6,7 +6,6 @@ Ranks are virtual here (`tests.virtual`), but for the last tests, which hold the
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -17,32 +16,20 @@ from torch import Tensor
 
 from ringctx import Attention, Layout, RankLost, RanksDisagree, decode_attention, ring_attention
 from ringctx import patterns as p
-from ringctx.core import tiles
 from ringctx.core.compute import head_groups
 from ringctx.core.plan import Plan, World, make_plan
 from ringctx.core.ring import Message, Pending, Ring
 from ringctx.methods.rotary import Rotary
 from ringctx.testing import dense, error
 from tests import virtual
-from tests.cases import PATTERNS, TOLERANCE, Case, compare, make_layout, on_rank, oracle, problem
+from tests.cases import PATTERNS, TOLERANCE, Case, compare, make_layout, on_rank, oracle, problem, small_tiles
 from tests.pool import Fold, Pool
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_tiles() -> Iterator[None]:
-    """Masked tiles of 8 x 8, so that few tokens make many tiles; what was planned otherwise is forgotten before and after."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "LEAF", 8)
-        _forget()
+def few_tokens_make_many_tiles() -> Iterator[None]:
+    with small_tiles():
         yield
-    _forget()
-
-
-def _forget() -> None:
-    for name, module in list(sys.modules.items()):
-        if name.startswith("ringctx."):
-            for cached in [x for x in vars(module).values() if hasattr(x, "cache_clear")]:
-                cached.cache_clear()
 
 
 def case(size: int, length: int, layout: str, pattern: str, route: str, **more: Any) -> Case:
@@ -70,6 +57,7 @@ EXACT = {
     "chunk": case(2, 20, "zigzag", "causal", "rotate", keys="chunk", scores="rotary"),
     "chunk_rotary": case(2, 20, "contiguous", "causal", "fetch", keys="moved", scores="rotary"),
     "cross": case(2, 33, "zigzag", "full", "fetch", keys="cross"),
+    "one_rank": case(2, 40, "zigzag", "causal", "fetch", keys="one_rank"),
     "few": case(4, 3, "contiguous", "causal", "rotate"),
     # heads and queries travel
     "heads": case(4, 42, "zigzag", "causal", "heads", lse=True),

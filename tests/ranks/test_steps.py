@@ -37,6 +37,10 @@ CASES = [
 ]
 
 
+FOUR_TOKENS = 4 * 2 * (8 + 12) * 8
+"""Bytes of their gradients in fp64, in the cases above."""
+
+
 def attend(ring: Any, case: Case, step_bytes: int) -> dict[str, Any]:
     """This rank's answer with steps of so many bytes, and what travelled."""
     with small_steps(step_bytes), tapped() as wire:
@@ -48,7 +52,7 @@ def attend(ring: Any, case: Case, step_bytes: int) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_steps_are_exact_and_send_as_much(pool: Pool, case: Case) -> None:
     given = problem(case)
-    whole, steps = (pool.run(attend, case, step_bytes, size=case.size, fold=case.fold) for step_bytes in (2**30, 1))
+    whole, steps = (pool.run(attend, case, step_bytes, size=case.size, fold=case.fold) for step_bytes in (2**30, FOUR_TOKENS))
     found = compare(given, oracle(case, given), steps)
     assert all(x <= TOLERANCE[case.dtype] for x in found.values()), found
     assert [rank["sent"] for rank in steps] == [rank["sent"] for rank in whole]

@@ -8,9 +8,10 @@ import torch
 from ringctx import Layout
 from ringctx.core.choose import Shape, choose
 from ringctx.core.pattern import CAUSAL, FULL, PARTIAL
-from ringctx.core.plan import Plan, make_plan, path, wanted
+from ringctx.core.plan import Plan, make_plan, path, steps_of, wanted
 from ringctx.core.tiles import MOST_PARTS, area, cut_columns, needs, parts, pieces, spans_of, tiles, union, width
 from ringctx.patterns import blocks, causal, dilated, documents, full, global_tokens, prefix, sinks, window
+from tests.cases import small_tiles
 
 PATTERNS = {
     "full": full(),
@@ -37,16 +38,9 @@ TRANSPORTS = ["rotate", "fetch", "gather"]
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch):
-    """So that short sequences are divided too."""
-    from ringctx.core import tiles as module
-
-    for cached in (module._tiles, module.needs, make_plan):
-        cached.cache_clear()
-    monkeypatch.setattr(module, "LEAF", 4)
-    yield
-    for cached in (module._tiles, module.needs, make_plan):
-        cached.cache_clear()
+def short_sequences_are_divided_too():
+    with small_tiles(4):
+        yield
 
 
 def plans(pattern: str, layout: str, size: int, transport: str, nodes: int = 1) -> list[Plan]:
@@ -58,24 +52,26 @@ def visits_of(plan: Plan):
     return [plan.home, *(v for hop in plan.hops for v in hop.visits)]
 
 
+def pairs(rows: torch.Tensor, visits, pattern) -> torch.Tensor:
+    """How often each query of these rows meets each key in the visits' tiles."""
+    met = torch.zeros(len(rows), S, dtype=torch.int64)
+    for visit in visits:
+        keys = torch.tensor([x for r in visit.ranges for x in r], dtype=torch.int64)
+        assert len(keys) == width(visit.spans)
+        for verdict, a, b, c, d in visit.tiles[0]:
+            assert verdict != CAUSAL or b - a == d - c
+            assert verdict != PARTIAL or (b - a <= 4 and d - c <= 16)
+            tile = pattern.allows(rows[a:b], keys[c:d]) if verdict == PARTIAL else torch.ones(b - a, d - c, dtype=torch.bool)
+            met[a:b].index_add_(1, keys[c:d], (tile.tril() if verdict == CAUSAL else tile).long())
+    return met
+
+
 @every
 def test_tiles_cover_what_is_allowed_and_each_pair_once(pattern, layout):
     for size, transport in itertools.product(SIZES, TRANSPORTS):
         for rank, plan in enumerate(plans(pattern, layout, size, transport)):
-            i = LAYOUTS[layout](S, size).indices(rank)
-            seen = torch.zeros(len(i), S, dtype=torch.int64)
-            for visit in visits_of(plan):
-                j = torch.tensor([x for r in visit.ranges for x in r], dtype=torch.int64)
-                for verdict, a, b, c, d in visit.tiles[0]:
-                    tile = torch.ones(b - a, d - c, dtype=torch.bool)
-                    if verdict == CAUSAL:
-                        assert b - a == d - c
-                        tile = tile.tril()
-                    if verdict == PARTIAL:
-                        tile = PATTERNS[pattern].allows(i[a:b], j[c:d])
-                        assert len(tile) <= 4 and tile.shape[1] <= 16
-                    seen[a:b].index_add_(1, j[c:d], tile.long())
-            assert torch.equal(seen, PATTERNS[pattern].allows(i, torch.arange(S)).long())
+            rows = LAYOUTS[layout](S, size).indices(rank)
+            assert torch.equal(pairs(rows, visits_of(plan), PATTERNS[pattern]), PATTERNS[pattern].allows(rows, torch.arange(S)).long())
 
 
 @every
@@ -125,7 +121,7 @@ def test_steps_of_a_hop_compute_every_pair_of_it_once_and_fit_together(pattern, 
         ring = plans(pattern, layout, size, transport)
         for number in range(max(len(p.hops) for p in ring)):
             hops = {p.rank: p.hops[number] for p in ring if number < len(p.hops)}
-            steps = {rank: hop.steps(least=1) for rank, hop in hops.items()}
+            steps = {rank: steps_of(hop, least=1) for rank, hop in hops.items()}
             for rank, hop in hops.items():
                 rows = LAYOUTS[layout](S, size).indices(rank)
                 parts = [visit for step in steps[rank] for visit in step.visits]
@@ -136,18 +132,6 @@ def test_steps_of_a_hop_compute_every_pair_of_it_once_and_fit_together(pattern, 
                 sent = sorted((r, v.grads_to, v.owner, v.spans) for r, step in now.items() for v in step.visits)
                 received = sorted((x.peer, r, x.owner, x.spans) for r, step in now.items() for x in step.grads_receive)
                 assert sent == received
-
-
-def pairs(rows: torch.Tensor, visits, pattern) -> torch.Tensor:
-    """How often each query of these rows meets each key in the visits' tiles."""
-    met = torch.zeros(len(rows), S, dtype=torch.int64)
-    for visit in visits:
-        keys = torch.tensor([x for r in visit.ranges for x in r], dtype=torch.int64)
-        assert len(keys) == width(visit.spans)
-        for verdict, a, b, c, d in visit.tiles[0]:
-            tile = pattern.allows(rows[a:b], keys[c:d]) if verdict == PARTIAL else torch.ones(b - a, d - c, dtype=torch.bool)
-            met[a:b].index_add_(1, keys[c:d], (tile.tril() if verdict == CAUSAL else tile).long())
-    return met
 
 
 @pytest.mark.parametrize("verdict", [FULL, CAUSAL, PARTIAL])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ringctx import Layout
+from ringctx.core import loop
 from ringctx.core.pattern import Pattern
 from ringctx.core.plan import Plan, make_plan
 from ringctx.patterns import causal, full, window
-from ringctx.tools.planner import simulate
 from ringctx.tools.planner.simulate import Costs, Link, backward, forward
 
 FREE = Link(0.0, float("inf"))
@@ -49,7 +49,7 @@ def test_gradients_that_leave_in_steps_are_hidden_where_they_were_not(monkeypatc
     link = Link(0.0, 1024 / (0.5 * work))  # keys travel half as long as home or the visit takes, gradients as long
     whole = backward(made, costs(link))
     assert whole.total == pytest.approx(2.5 * work) and whole.exposed == pytest.approx((0.5 * work,) * 2)
-    monkeypatch.setattr(simulate, "STEP_BYTES", 512)
+    monkeypatch.setattr(loop, "STEP_BYTES", 512)
     steps = backward(made, costs(link))
     assert steps.total == pytest.approx(2 * work) and max(steps.exposed) < 1e-9
     assert steps.computing == pytest.approx(whole.computing)

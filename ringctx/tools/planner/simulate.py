@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from ringctx.core.loop import STEP_BYTES
-from ringctx.core.plan import Hop, Parcel, Plan, Visit
+from ringctx.core.loop import early, least_tokens
+from ringctx.core.plan import Hop, Parcel, Plan, Visit, steps_of
 from ringctx.core.tiles import width
 
 
@@ -118,12 +118,11 @@ def backward(plans: Sequence[Plan], costs: Costs) -> Times:
     in steps, whose gradients leave one by one."""
     clocks, hops = _Clocks(len(plans), costs), _hops(plans)
     ranks = range(len(plans))
-    least = int(STEP_BYTES // max(costs.grads, 1)) or 1
-    steps = [[hop.steps(least) for hop in some] for some in hops]
+    steps = [[steps_of(hop, least_tokens(costs.grads)) for hop in some] for some in hops]
     coming = _post(clocks, hops, 0, costs.keys)
-    early = [costs.keys / (costs.keys + costs.grads / max(len(steps[-1][rank]), 1)) if hops else 1.0 for rank in ranks]
+    first = [early(costs.keys, costs.grads, len(steps[-1][rank])) if hops else 1.0 for rank in ranks]
     for rank, plan in enumerate(plans):
-        _compute(clocks, rank, early[rank] * costs.work(rank, plan.home), coming[rank])
+        _compute(clocks, rank, first[rank] * costs.work(rank, plan.home), coming[rank])
     under_way: deque[list[float]] = deque()
     for number in range(len(hops)):
         _arrive(clocks, coming)
@@ -136,7 +135,7 @@ def backward(plans: Sequence[Plan], costs: Costs) -> Times:
                 _arrive(clocks, under_way.popleft())
             under_way.append(_post_grads(clocks, step, under_way[-1] if under_way else clocks.now))
     for rank, plan in enumerate(plans):
-        _compute(clocks, rank, (1 - early[rank]) * costs.work(rank, plan.home), under_way[-1][rank] if under_way else clocks.now[rank])
+        _compute(clocks, rank, (1 - first[rank]) * costs.work(rank, plan.home), under_way[-1][rank] if under_way else clocks.now[rank])
     for homeward in under_way:
         _arrive(clocks, homeward)
     return clocks.times()
