@@ -30,7 +30,7 @@ FLAGS = (
     *(f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma", "amx-tile", "amx-bf16")),
 )
 EDGE, WIDEST, SQUARE = 32, 256, 4
-"""Widths are multiples of the first, up to the second."""
+"""Widths are multiples of the first, up to the second; the third is the edge, in blocks, of what native.cpp looks up at once."""
 
 log = logging.getLogger("ringctx.kernels")
 
