@@ -1,4 +1,4 @@
-// Attention of one tile in bfloat16 on CPUs with AMX: forward and backward, products and sums in fp32.
+// Attention of one tile in bfloat16 on CPUs with AMX or AVX512-BF16: forward and backward, products and sums in fp32.
 //
 // Everything is made of one product, of blocks of 32 x 32. A block lies in one of three ways:
 //   plain   [32 rows][32 columns] bf16: a left factor.
@@ -14,7 +14,6 @@
 #include <stdint.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -27,12 +26,10 @@ constexpr int WIDEST = 256 / EDGE;              // blocks across the widest head
 constexpr int KEYS = 8, QUERIES = 4;            // blocks of keys that forward takes at once, at most; of queries that share them
 constexpr int SQUARE = 4;                       // blocks along the edge of what backward takes at once
 constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f, TOO_MUCH = 1e12f;
-
 #define INLINE __attribute__((always_inline)) inline
 
 // Numbers, of no value at first, that begin at a multiple of 64 bytes.
-template <typename T>
-struct Numbers {
+template <typename T> struct Numbers {
     size_t size;
     T *at;
     explicit Numbers(int64_t count) : size(count), at((T *)std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)) {}
@@ -41,31 +38,24 @@ struct Numbers {
     void zero() { std::memset(at, 0, size * sizeof(T)); }
 };
 
-// A tensor (b s h d) as it lies in memory, in numbers; its last dim is contiguous.
-struct View {
-    const u16 *at;
+// A tensor (b s h d) as it lies in memory, in numbers, or nowhere; its last dim is contiguous.
+template <typename T> struct View {
+    const T *at;
     int64_t b, s, h;
-    const u16 *row(int64_t i, int64_t j, int64_t k) const { return at + i * b + j * s + k * h; }
+    View(const T *at, const int64_t *strides) : at(at), b(strides[0]), s(strides[1]), h(strides[2]) {}
+    const T *row(int64_t i, int64_t j, int64_t k) const { return at ? at + i * b + j * s + k * h : nullptr; }
 };
+using Halves = View<u16>;
 
-// What is added to logits, fp32 (b h s n), contiguous along keys, or nowhere; -inf hides a key.
-struct Bias {
-    const float *at;
-    int64_t b, h, s;
-    const float *row(int64_t i, int64_t j, int64_t k) const { return at ? at + i * b + j * h + k * s : nullptr; }
-};
-
+enum Seen : uint8_t { NONE, ALL, CUT };  // which pairs of a block of queries and one of keys are; CUT: those on and below its diagonal
 static int64_t blocks_of(int64_t rows) { return (rows + EDGE - 1) / EDGE; }
-
-// Which pairs of a block of queries and one of keys are seen: none, all, or those on and below its diagonal.
-enum Seen : uint8_t { NONE, ALL, CUT };
 
 struct Shape {
     int64_t b, s, n, h, g, d, e;
     bool causal;
     const uint8_t *grid;  // of each block of queries, what it sees of each block of keys; nowhere if that is all, or causal
     float scale;
-    Bias bias;
+    View<float> bias;  // what is added to logits, (b s h n); -inf hides a key
     int keys_at_once() const { return d + e > 128 ? KEYS : KEYS / 2; }  // measured: wider heads want longer sums, narrow ones the first cache
     int64_t band() const { return 2048 / (d + e) * SQUARE; }  // blocks of queries that stay in the second cache while all keys pass
     Seen seen(int64_t query, int64_t key) const {
@@ -82,8 +72,9 @@ struct Shape {
 
 // -- tiles ------------------------------------------------------------------------------------------------------------------
 
+#ifdef __AMX_BF16__
 // Ask the kernel for AMX's registers; false where it has none. 0x1023, 18: ARCH_REQ_XCOMP_PERM, XTILEDATA.
-static bool permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+extern "C" int ringctx_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 // Eight registers of 16 rows of 64 bytes, for as long as this lives; each thread has its own.
 struct Registers {
@@ -97,8 +88,7 @@ struct Registers {
 
 // sums (+)= the n products of plain blocks a, a + step_a, ... with paired blocks b, b + step_b, ...
 // meanwhile: what AVX-512 does after each product of registers, four times n. In turns as close as these both units work at once.
-template <typename Meanwhile>
-static INLINE void multiply(float *sums, const u16 *a, int step_a, const u16 *b, int step_b, int n, bool add, Meanwhile &&meanwhile) {
+static INLINE void multiply(float *sums, const u16 *a, int step_a, const u16 *b, int step_b, int n, bool add, auto &&meanwhile) {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     if (add) { _tile_loadd(0, sums, 64); _tile_loadd(1, sums + 512, 64); _tile_loadd(2, sums + 256, 64); _tile_loadd(3, sums + 768, 64); }
     for (int i = 0; i < n; i++, a += step_a, b += step_b) {
@@ -109,6 +99,29 @@ static INLINE void multiply(float *sums, const u16 *a, int step_a, const u16 *b,
     }
     _tile_stored(0, sums, 64); _tile_stored(1, sums + 512, 64); _tile_stored(2, sums + 256, 64); _tile_stored(3, sums + 768, 64);
 }
+#else
+extern "C" int ringctx_permitted() { return true; }
+struct Registers { Registers() {} };
+
+// The same in AVX-512's registers, which hold the sums of 8 rows at a time: each half of a row in one.
+static INLINE void multiply(float *sums, const u16 *a, int step_a, const u16 *b, int step_b, int n, bool add, auto &&meanwhile) {
+    for (float *at = sums; at < sums + 512; at += 8 * 16, a += 8 * EDGE) {
+        __m512 x[2][8];
+        for (int r = 0; r < 16; r++) x[r / 8][r % 8] = add ? _mm512_load_ps(at + r / 8 * 512 + r % 8 * 16) : _mm512_setzero_ps();
+        for (int i = 0; i < n; i++)
+            for (int pair = 0; pair < 16; pair++) {
+                const u16 *left = a + i * step_a + pair * 2, *right = b + i * step_b + pair * EDGE;
+                const __m512bh low = (__m512bh)_mm512_load_si512(right), high = (__m512bh)_mm512_load_si512(right + 512);
+                for (int r = 0; r < 8; r++) {
+                    const __m512bh both = (__m512bh)_mm512_set1_epi32(*(const int *)(left + r * EDGE));
+                    x[0][r] = _mm512_dpbf16_ps(x[0][r], both, low), x[1][r] = _mm512_dpbf16_ps(x[1][r], both, high);
+                }
+            }
+        for (int r = 0; r < 16; r++) _mm512_store_ps(at + r / 8 * 512 + r % 8 * 16, x[r / 8][r % 8]);
+    }
+    for (int i = 0; i < 4 * n; i++) meanwhile();
+}
+#endif
 static const auto nothing = [] {};
 
 // -- blocks from rows -----------------------------------------------------------------------------------------------------------
@@ -129,22 +142,20 @@ static void paired(u16 *block, const u16 *from, int64_t stride, int rows) {
         }
 }
 
-// 16 vectors of 16 numbers as the rows of a square -> its columns.
+// 16 vectors of 16 numbers as the rows of a square -> its columns: the squares beside the diagonal change places, of edge 1, 2, 4 and 8.
 static INLINE void transpose(__m512 *x) {
-    __m512 y[16];
-    for (int i = 0; i < 16; i += 2) y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]), y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-    for (int i = 0; i < 16; i += 4)  // x[i + j]: of each quarter of columns the j-th one, of rows i to i + 3
-        for (int j = 0; j < 2; j++) {
-            const __m512d a = _mm512_castps_pd(y[i + j]), b = _mm512_castps_pd(y[i + 2 + j]);
-            x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+    for (int edge = 1; edge < 16; edge *= 2) {
+        const __mmask16 odd = _mm512_test_epi32_mask(lanes, _mm512_set1_epi32(edge));
+        const __m512i upper = _mm512_mask_add_epi32(lanes, odd, lanes, _mm512_set1_epi32(16 - edge));
+        const __m512i lower = _mm512_add_epi32(upper, _mm512_set1_epi32(edge));
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            const __m512 a = x[i], b = x[i ^ edge];
+            if (!(i & edge)) x[i] = _mm512_permutex2var_ps(a, upper, b), x[i + edge] = _mm512_permutex2var_ps(a, lower, b);
         }
-    for (int j = 0; j < 4; j++) {
-        const __m512 even = _mm512_shuffle_f32x4(x[j], x[4 + j], 0x88), odd = _mm512_shuffle_f32x4(x[j], x[4 + j], 0xdd);
-        const __m512 even_ = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0x88), odd_ = _mm512_shuffle_f32x4(x[8 + j], x[12 + j], 0xdd);
-        y[j] = _mm512_shuffle_f32x4(even, even_, 0x88), y[8 + j] = _mm512_shuffle_f32x4(even, even_, 0xdd);
-        y[4 + j] = _mm512_shuffle_f32x4(odd, odd_, 0x88), y[12 + j] = _mm512_shuffle_f32x4(odd, odd_, 0xdd);
     }
-    std::memcpy(x, y, sizeof y);
 }
 
 // 16 rows of 32 columns, transposed: of each two columns the pairs of all rows.
@@ -177,8 +188,7 @@ static void plain_transpose(u16 *block, const u16 *from, int64_t stride, int row
 }
 
 // All rows of one head (s d) as blocks [block of rows][block of columns], by one of the above.
-template <typename Pack>
-static void pack(Pack as, u16 *blocks, const View &x, int64_t b, int64_t h, int64_t s, int64_t d) {
+static void pack(auto as, u16 *blocks, const Halves &x, int64_t b, int64_t h, int64_t s, int64_t d) {
     for (int64_t r = 0; r < s; r += EDGE)
         for (int64_t c = 0; c < d; c += EDGE, blocks += BLOCK) as(blocks, x.row(b, r, h) + c, x.s, (int)std::min<int64_t>(EDGE, s - r));
 }
@@ -204,13 +214,10 @@ static float dot(const u16 *a, const u16 *b, int64_t width) {
 static INLINE __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // Logits in base 2 with what is added to them; what is hidden is far below all others, but finite.
-static INLINE __m512 biased(__m512 y, __m512 bias) {
-    return _mm512_max_ps(_mm512_fmadd_ps(bias, _mm512_set1_ps(LOG2E), y), _mm512_set1_ps(UNSEEN));
-}
+static INLINE __m512 biased(__m512 y, __m512 bias) { return _mm512_max_ps(bias * LOG2E + y, _mm512_set1_ps(UNSEEN)); }
 
 // Runs of 0 to count - 1: a place goes with the one before it where it `joins`. body: what to do with a run's first place and length.
-template <typename Joins, typename Body>
-static INLINE void runs(int count, Joins joins, Body body) {
+static INLINE void runs(int count, auto joins, auto body) {
     for (int first = 0, next = 1; first < count; next++)
         if (next == count || !joins(next)) body(first, next - first), first = next;
 }
@@ -224,7 +231,7 @@ struct Rows {
     alignas(64) float sum[EDGE * 16];  // of each row, lane by lane
     float unit[EDGE], shrink[EDGE];
     bool shrinks;
-    void begin(const View &x, int64_t b, int64_t first, int64_t h, const Shape &of) {
+    void begin(const Halves &x, int64_t b, int64_t first, int64_t h, const Shape &of) {
         for (int64_t c = 0; c < of.d; c += EDGE) plain(q + c * EDGE, x.row(b, first, h) + c, x.s, (int)std::min<int64_t>(EDGE, of.s - first));
         std::memset(out, 0, of.e * EDGE * sizeof(float)), std::memset(sum, 0, sizeof sum);
         std::fill(unit, unit + EDGE, UNSEEN), std::fill(shrink, shrink + EDGE, 1.0f);
@@ -252,8 +259,7 @@ struct Met {
 
 // Row r of scores [block][half][row][16], in base 2: logits, with their bias, from a vector on. What is hidden is far below all others.
 // first: of the rows' bias, `step` apart and `last` the last, or nowhere. PLAIN: there is none, and the scale is positive. WHOLE: no key is hidden.
-template <bool PLAIN, bool WHOLE>
-struct Row {
+template <bool PLAIN, bool WHOLE> struct Row {
     const float *scores, *first;
     int64_t step, last;
     const Met &met;
@@ -272,8 +278,7 @@ struct Row {
 };
 
 // Take a row's largest logit as the unit of its sums, if it is above the one so far.
-template <typename Row>
-static __attribute__((noinline)) void grow(Rows &rows, const Row &row) {
+static __attribute__((noinline)) void grow(Rows &rows, const auto &row) {
     float now = UNSEEN;
     for (int i = 0; i < 2 * row.met.count; i++) now = std::max(now, _mm512_reduce_max_ps(row.above(i, _mm512_setzero_ps())));
     if (!(now > rows.unit[row.r])) return;
@@ -284,8 +289,7 @@ static __attribute__((noinline)) void grow(Rows &rows, const Row &row) {
 
 // The weights of a meeting's rows, as plain blocks, 32 numbers at a time; their sums are added to the rows'. Before a row has seen a key, they
 // are any, and the first one takes them to 0. A turn is as much as has to be done by then, if all is to be done after so many turns.
-template <typename Row>
-struct Weighing {
+template <typename Row> struct Weighing {
     Rows &rows;
     Row row;
     u16 *weights;
@@ -349,7 +353,7 @@ struct Forward { alignas(64) float scores[2][KEYS * BLOCK]; alignas(64) u16 weig
 
 // Query blocks `first` to `last` of one head: k paired by columns, v paired by rows, as `pack` leaves them.
 // While one meeting is weighed, the one before is multiplied with its values and the next one with its keys.
-static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first, int64_t last) {
+static void attend(Forward &at, const Shape &of, const Halves &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first, int64_t last) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
     for (int64_t u = first; u < last; u++) at.rows[u - first].begin(q, b, u * EDGE, h, of);
     Meetings meetings{of, first, last, of.causal && !of.grid ? std::min(blocks_of(of.n), last) : blocks_of(of.n)};
@@ -365,7 +369,6 @@ static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, co
     const __m512 scale = _mm512_set1_ps(of.scale * LOG2E);
     Meeting before, now, next;
     bool is_next = meetings.next(now);
-    before.met.count = 0;
     for (int i = 0; is_next && i < now.met.count; i++) score(now, i, nothing);
     while (now.met.count) {
         if (!(is_next = meetings.next(next))) next.met.count = 0;
@@ -376,7 +379,7 @@ static void attend(Forward &at, const Shape &of, const View &q, const u16 *k, co
             for (int i = 0; i < next.met.count; i++) score(next, i, weighing);
             weighing.rest();
         };
-        const float *bias = of.bias.row(b, h, now.query * EDGE);
+        const float *bias = of.bias.row(b, now.query * EDGE, h);
         if (bias || of.scale <= 0) weigh(Row<false, false>{at.scores[now.at], bias, of.bias.s, of.s - 1 - now.query * EDGE, now.met, scale});
         else if (now.met.whole) weigh(Row<true, true>{at.scores[now.at], bias, 0, 0, now.met, scale});
         else weigh(Row<true, false>{at.scores[now.at], bias, 0, 0, now.met, scale});
@@ -428,8 +431,8 @@ static void differentiate(const float *scores, const float *slopes, const float 
             for (int half = 0; half < 2; half++) {
                 const int at = half * 512 + (r + odd) * 16;
                 const __m512 score = _mm512_load_ps(scores + at), unit = _mm512_load_ps(lse + half * 16);
-                const auto with_bias = [&] { return biased(_mm512_mul_ps(score, scales), _mm512_load_ps(bias + (r + odd) * EDGE + half * 16)); };
-                p[half] = exp2_of(bias ? _mm512_sub_ps(with_bias(), unit) : _mm512_fmsub_ps(score, scales, unit));
+                const __m512 whole = bias ? biased(score * scales, _mm512_load_ps(bias + (r + odd) * EDGE + half * 16)) : score;
+                p[half] = exp2_of(bias ? whole - unit : _mm512_fmsub_ps(score, scales, unit));
                 if (DIAGONAL) p[half] = _mm512_maskz_mov_ps((__mmask16)(~0u << (r + odd) >> half * 16), p[half]);  // seen by queries from the key on
                 ds[half] = _mm512_mul_ps(p[half], _mm512_sub_ps(_mm512_load_ps(slopes + at), _mm512_load_ps(delta + half * 16)));
             }
@@ -450,7 +453,7 @@ static const float *transposed_bias(Backward &at, const Shape &of, int64_t b, in
     if (!of.bias.at) return nullptr;
     std::memset(at.bias, 0, sizeof at.bias);
     for (int64_t c = 0; c < std::min<int64_t>(EDGE, of.s - query * EDGE); c++) {
-        const float *row = of.bias.row(b, h, query * EDGE + c) + key * EDGE;
+        const float *row = of.bias.row(b, query * EDGE + c, h) + key * EDGE;
         for (int64_t r = 0; r < std::min<int64_t>(EDGE, of.n - key * EDGE); r++) at.bias[r * EDGE + c] = row[r];
     }
     return at.bias;
@@ -519,20 +522,19 @@ static void unpack_transposed(float *to, int64_t stride, const float *sums, int6
 }
 
 // One key head of one sequence, which a thread takes at a time, and all query heads that share it.
-static void differentiate_head(Backward &at, Packed &x, const Shape &of, const View &q, const View &k, const View &v, const View &dout,
-                               const View &out, const float *lse, const float *dlse, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
+static void differentiate_head(Backward &at, Packed &x, const Shape &of, const Halves &q, const Halves &k, const Halves &v, const Halves &dout,
+                               const Halves &out, const float *lse, const float *dlse, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
     const int64_t share = of.h / of.g;
     pack(plain, x.k.at, k, b, g, of.n, of.d), pack(plain_transpose, x.k_transposed.at, k, b, g, of.n, of.d);
     pack(plain, x.v.at, v, b, g, of.n, of.e), x.dk.zero(), x.dv.zero();
     for (int64_t h = g * share; h < (g + 1) * share; h++) {
         pack(paired_transpose, x.q_by_columns.at, q, b, h, of.s, of.d), pack(paired, x.q_by_rows.at, q, b, h, of.s, of.d);
-        pack(paired_transpose, x.dout_by_columns.at, dout, b, h, of.s, of.e), pack(paired, x.dout_by_rows.at, dout, b, h, of.s, of.e);
+        pack(paired_transpose, x.dout_by_columns.at, dout, b, h, of.s, of.e), pack(paired, x.dout_by_rows.at, dout, b, h, of.s, of.e), x.dq.zero();
         for (int64_t i = 0; i < (int64_t)x.lse.size; i++) {
             const int64_t row = (b * of.s + i) * of.h + h;
             x.lse.at[i] = i < of.s ? lse[row] * LOG2E : -UNSEEN;  // rows that are not there weigh 0
             x.delta.at[i] = i < of.s ? dot(dout.row(b, i, h), out.row(b, i, h), of.e) - (dlse ? dlse[row] : 0.0f) : 0.0f;
         }
-        x.dq.zero();
         for (int64_t first = 0; first < blocks_of(of.s); first += of.band()) {
             const int64_t last = std::min(first + of.band(), blocks_of(of.s));
             for (int64_t key = 0; key < blocks_of(of.n); key += SQUARE)
@@ -547,16 +549,17 @@ static void differentiate_head(Backward &at, Packed &x, const Shape &of, const V
 
 // -- what Python calls --------------------------------------------------------------------------------------------------------------
 
+static Shape shape(const int64_t *n, float scale, const uint8_t *grid, View<float> bias) {
+    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7] != 0, grid, scale, bias};
+}
+
 extern "C" {
-int ringctx_permitted() { return permitted(); }  // whether this process may use AMX
 // sizes: b s n h g d e causal. strides: of q, k, v, bias (b h s), three each; bias and grid (see Shape) may be null.
 // out (b s h e) and lse (b s h), contiguous fp32.
 void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const int64_t *strides,
                      const int64_t *sizes, float scale, int threads, float *out, float *lse) {
-    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, grid, scale,
-                   {bias, strides[9], strides[10], strides[11]}};
-    const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]};
-    const View v_{v, strides[6], strides[7], strides[8]};
+    const Shape of = shape(sizes, scale, grid, {bias, strides + 9});
+    const Halves q_(q, strides), k_(k, strides + 3), v_(v, strides + 6);
     const int64_t rows = blocks_of(of.n) * EDGE, runs = (blocks_of(of.s) + QUERIES - 1) / QUERIES;
     Numbers<u16> keys(of.b * of.g * rows * of.d), values(of.b * of.g * rows * of.e);
 #pragma omp parallel num_threads(threads)
@@ -582,11 +585,8 @@ void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias
 void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const u16 *dout, const u16 *out,
                       const int64_t *strides, const float *lse, const float *dlse, const int64_t *sizes, float scale, int threads, float *dq,
                       float *dk, float *dv) {
-    const Shape of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7] != 0, grid, scale,
-                   {bias, strides[9], strides[10], strides[11]}};
-    const View q_{q, strides[0], strides[1], strides[2]}, k_{k, strides[3], strides[4], strides[5]};
-    const View v_{v, strides[6], strides[7], strides[8]}, dout_{dout, strides[12], strides[13], strides[14]};
-    const View out_{out, strides[15], strides[16], strides[17]};
+    const Shape of = shape(sizes, scale, grid, {bias, strides + 9});
+    const Halves q_(q, strides), k_(k, strides + 3), v_(v, strides + 6), dout_(dout, strides + 12), out_(out, strides + 15);
 #pragma omp parallel num_threads(threads)
     {
         const Registers registers;

@@ -1,4 +1,4 @@
-"""ringctx's own kernel for CPUs with AMX: bfloat16 tiles, forward and backward, compiled on first use from native.cpp.
+"""ringctx's own kernel for CPUs with AMX or AVX512-BF16: bfloat16 tiles, forward and backward, compiled on first use from native.cpp.
 
 Knows a compiler, a file in the user's cache and the addresses of tensors. Knows nothing of ranks.
 Letters: b batch, q and k the tile's queries and keys, h query heads, g key/value heads, d key width, e value width.
@@ -25,10 +25,8 @@ from ringctx.kernels.sdpa import Sdpa, additive_mask
 from ringctx.kernels.tricks import is_empty, no_gradient, nothing_seen, require_square, rows_of_lse, unit_stride
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = (
-    *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w"),
-    *(f"-m{name}" for name in ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma", "amx-tile", "amx-bf16")),
-)
+FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-shared", "-fPIC", "-w", "-fno-strict-aliasing")
+AVX512, AMX = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma"), ("amx-tile", "amx-bf16")
 EDGE, WIDEST, SQUARE = 32, 256, 4
 """Widths are multiples of the first, up to the second; the third is the edge, in blocks, of what native.cpp looks up at once."""
 
@@ -58,8 +56,8 @@ class Native:
                 return f"knows no {what}"
         if any(width % EDGE or width > WIDEST for width in (call.d, call.e)):
             return f"takes widths that are multiples of {EDGE} up to {WIDEST}"
-        if not torch.cpu._is_amx_tile_supported():
-            return "needs a CPU with AMX"
+        if not torch.cpu._is_avx512_bf16_supported():
+            return "needs a CPU with AVX512-BF16"
         return library()[1]
 
     @torch.no_grad()
@@ -112,9 +110,9 @@ def _as_c(x: Any) -> Any:
 
 
 def _bias(q: Tensor, k: Tensor, scores: TileScores) -> Tensor | None:
-    """Mask, bias and, beside them, causality as one tensor to add (b h q k), whose equal batches and heads lie in memory once; or None."""
+    """Mask, bias and, beside them, causality as one tensor to add (b q h k), whose equal batches and heads lie in memory once; or None."""
     found = additive_mask(q, k, scores)
-    return None if found is None else unit_stride(found.expand(q.shape[0], q.shape[2], -1, -1))
+    return None if found is None else unit_stride(found.expand(q.shape[0], q.shape[2], -1, -1)).transpose(1, 2)
 
 
 def _grid(q: Tensor, k: Tensor, tiles: tuple[Tile, ...] | None) -> Tensor | None:
@@ -148,14 +146,15 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, scores: TileScores, bias: Tensor | N
 
 @cache
 def library() -> tuple[ctypes.CDLL | None, str | None]:
-    """The compiled kernel, or why there is none, in half a sentence. It is compiled once for a user and a version of the source."""
+    """The compiled kernel, or why there is none, in half a sentence. Compiled once for a user, a version of the source, a kind of CPU."""
+    flags = [*FLAGS, *(f"-m{name}" for name in (*AVX512, *(AMX if torch.cpu._is_amx_tile_supported() else ())))]
     compiler = shutil.which("c++") or shutil.which("g++")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringctx"
-    file = folder / f"native-{hashlib.sha256(SOURCE.read_bytes() + ' '.join(FLAGS).encode()).hexdigest()[:16]}.so"
+    file = folder / f"native-{hashlib.sha256(SOURCE.read_bytes() + ' '.join(flags).encode()).hexdigest()[:16]}.so"
     if not file.is_file():
         if compiler is None:
             return None, "needs a C++ compiler to be made once (apt install g++)"
-        problem = _compile(compiler, file)
+        problem = _compile([compiler, *flags], file)
         if problem:
             return None, problem
     try:
@@ -165,16 +164,16 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
     return (found, None) if found.ringctx_permitted() else (None, "was not given AMX's registers by the operating system")
 
 
-def _compile(compiler: str, file: Path) -> str | None:
+def _compile(command: list[str], file: Path) -> str | None:
     """Make the file, or say why not. Ranks that do so at once each make one, and the last stays."""
     log.info("Compiling ringctx's kernel for this CPU into %s; this takes a few seconds, once.", file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
             made = Path(folder) / file.name
-            done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
+            done = subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, text=True)
             if done.returncode:
-                return f"was not compiled by {compiler}: {(done.stderr.strip().splitlines() or ['no reason given'])[0]}"
+                return f"was not compiled by {command[0]}: {(done.stderr.strip().splitlines() or ['no reason given'])[0]}"
             made.replace(file)
     except OSError as error:
         return f"cannot be kept in {file.parent} ({error.strerror})"

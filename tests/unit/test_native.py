@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,18 @@ from ringctx.kernels.registry import choose
 
 CALL = Call("cpu", torch.bfloat16, 4, 2, 64, 64)
 HERE = pytest.mark.skipif(Native().why_not(CALL) is not None, reason=f"the native kernel {Native().why_not(CALL)}")
+
+
+UNITS = ["avx512", *(["amx"] if torch.cpu._is_amx_tile_supported() else [])]
+
+
+@pytest.fixture(autouse=True, params=UNITS)
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What multiplies: AVX-512 on any machine, AMX too where there is AMX."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: request.param == "amx")
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
 
 
 def drawn(b: int, s: int, n: int, h: int, g: int, d: int, e: int) -> list[Tensor]:
@@ -178,12 +191,13 @@ def test_what_it_does_not_take_says_why(more: dict[str, object], reason: str) ->
     assert said is not None and reason in said
 
 
-def test_machines_without_amx_or_a_compiler_say_so_and_aten_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert Native().why_not(CALL) == "needs a CPU with AMX"
+def test_machines_without_instructions_or_a_compiler_say_so_and_aten_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert Native().why_not(CALL) == "needs a CPU with AVX512-BF16"
     choose.cache_clear()
     assert choose(CALL).name == "sdpa"
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    choose.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     native.library.cache_clear()
@@ -191,9 +205,6 @@ def test_machines_without_amx_or_a_compiler_say_so_and_aten_takes_over(monkeypat
     monkeypatch.setattr(native.shutil, "which", lambda name: "/bin/false")
     native.library.cache_clear()
     assert "was not compiled by /bin/false" in str(Native().why_not(CALL))
-    monkeypatch.undo()
-    native.library.cache_clear()
-    choose.cache_clear()
 
 
 @HERE
@@ -206,7 +217,18 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     native.library.cache_clear()
     monkeypatch.setattr(native, "_compile", lambda *_: "compiled again")
     assert native.library()[1] is None
-    native.library.cache_clear()
+
+
+@HERE
+def test_cpus_of_two_kinds_share_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "_compile", lambda command, file: made.append((file, "-mamx-tile" in command)) or "not made here")
+    made: list[tuple[Path, bool]] = []
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        native.library.cache_clear()
+        assert native.library() == (None, "not made here")
+    assert [amx for _, amx in made] == [False, True] and made[0][0] != made[1][0]
 
 
 TILES = {
