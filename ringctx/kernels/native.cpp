@@ -1,8 +1,9 @@
-// Attention of one tile in bfloat16 on CPUs with AMX or AVX512-BF16: forward and backward, products and sums in fp32.
+// Attention of one tile on CPUs, forward and backward: in bfloat16 with AMX or AVX512-BF16, or, with SINGLE, in fp32 with AVX-512; sums in fp32.
 //
 // Everything is made of one product, of blocks of 32 x 32. A block lies in one of three ways:
-//   plain   [32 rows][32 columns] bf16: a left factor.
-//   paired  [2 halves][16 pairs of rows][16 columns][2] bf16: a right factor. Row 2i and 2i + 1 of a column lie side by side.
+//   plain   [32 rows][32 columns]: a left factor.
+//   paired  [2 halves][16 pairs of rows][16 columns][2] in bf16: a right factor. Row 2i and 2i + 1 of a column lie side by side in a lane.
+//           In fp32, [2 halves][32 rows][16 columns].
 //   sums    [2 halves][32 rows][16 columns] fp32: what products add up to.
 // Forward keeps, of each row of scores, a unit (in base 2) and the sum of 2^(y - unit), online (Milakov & Gimelshein 2018,
 // Dao et al. 2022). Any unit does: it is the largest y of the first keys that a row sees, until weights in that unit add up to TOO_MUCH.
@@ -20,13 +21,39 @@
 #include <cstring>
 #include <memory>
 
-using u16 = uint16_t;
 constexpr int EDGE = 32, BLOCK = EDGE * EDGE;   // of a block, in numbers
 constexpr int WIDEST = 256 / EDGE;              // blocks across the widest head
 constexpr int KEYS = 8, QUERIES = 4;            // blocks of keys that forward takes at once, at most; of queries that share them
 constexpr int SQUARE = 4;                       // blocks along the edge of what backward takes at once
 constexpr float LOG2E = 1.4426950408889634f, UNSEEN = -1e30f, TOO_MUCH = 1e12f;
 #define INLINE __attribute__((always_inline)) inline
+
+// -- numbers -------------------------------------------------------------------------------------------------------------------
+// times: to the sums of lanes, the products of all numbers in them. pair: two rows of 32 as one of a paired block; in fp32 the first.
+// put_lanes: of each lane its low number. put: 32 sums, rounded.
+static const __m512i LANES = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#ifdef SINGLE
+using Number = float;
+constexpr float EXP2[] = {2.1702255e-4f, 1.2439687e-3f, 9.678841e-3f, 5.548334e-2f, 2.4022983e-1f, 6.93147e-1f, 1.0f};
+static INLINE __m512 times(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+static INLINE void pair(Number *to, const Number *a, const Number *) {
+    _mm512_store_ps(to, _mm512_loadu_ps(a)), _mm512_store_ps(to + 512, _mm512_loadu_ps(a + 16));
+}
+static INLINE void put_lanes(Number *to, __m512i x) { _mm512_storeu_si512(to, x); }
+static INLINE void put(Number *to, __m512 low, __m512 high) { _mm512_store_ps(to, low), _mm512_store_ps(to + 16, high); }
+#else
+using Number = uint16_t;
+constexpr float EXP2[] = {1.353417e-2f, 5.201146e-2f, 2.4144276e-1f, 6.9300383e-1f, 1.00000259f};
+static INLINE __m512 times(__m512 a, __m512 b, __m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+static INLINE void pair(Number *to, const Number *a, const Number *b) {  // lane i: number i of a and of b
+    const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b), i = _mm512_mullo_epi32(LANES, _mm512_set1_epi32(0x10001));
+    _mm512_store_si512(to, _mm512_permutex2var_epi16(x, _mm512_add_epi32(i, _mm512_set1_epi32(0x200000)), y));
+    _mm512_store_si512(to + 512, _mm512_permutex2var_epi16(x, _mm512_add_epi32(i, _mm512_set1_epi32(0x300010)), y));
+}
+static INLINE void put_lanes(Number *to, __m512i x) { _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(x)); }
+static INLINE void put(Number *to, __m512 low, __m512 high) { _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
+#endif
+constexpr int IN_LANE = 4 / sizeof(Number), IN_VECTOR = 16 * IN_LANE;
 
 // Numbers, of no value at first, that begin at a multiple of 64 bytes.
 template <typename T> struct Numbers {
@@ -45,7 +72,7 @@ template <typename T> struct View {
     View(const T *at, const int64_t *strides) : at(at), b(strides[0]), s(strides[1]), h(strides[2]) {}
     const T *row(int64_t i, int64_t j, int64_t k) const { return at ? at + i * b + j * s + k * h : nullptr; }
 };
-using Halves = View<u16>;
+using Tensor = View<Number>;
 
 enum Seen : uint8_t { NONE, ALL, CUT };  // which pairs of a block of queries and one of keys are; CUT: those on and below its diagonal
 static int64_t blocks_of(int64_t rows) { return (rows + EDGE - 1) / EDGE; }
@@ -57,7 +84,7 @@ struct Shape {
     float scale;
     View<float> bias;  // what is added to logits, (b s h n); -inf hides a key
     int keys_at_once() const { return d + e > 128 ? KEYS : KEYS / 2; }  // measured: wider heads want longer sums, narrow ones the first cache
-    int64_t band() const { return 2048 / (d + e) * SQUARE; }  // blocks of queries that stay in the second cache while all keys pass
+    int64_t band() const { return 1024 * IN_LANE / (d + e) * SQUARE; }  // blocks of queries that stay in the second cache while all keys pass
     Seen seen(int64_t query, int64_t key) const {
         if (grid) return (Seen)grid[query * blocks_of(n) + key];
         return !causal || key < query ? ALL : key == query ? CUT : NONE;
@@ -71,7 +98,6 @@ struct Shape {
 };
 
 // -- tiles ------------------------------------------------------------------------------------------------------------------
-
 #ifdef __AMX_BF16__
 // Ask the kernel for AMX's registers; false where it has none. 0x1023, 18: ARCH_REQ_XCOMP_PERM, XTILEDATA.
 extern "C" int ringctx_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
@@ -88,7 +114,7 @@ struct Registers {
 
 // sums (+)= the n products of plain blocks a, a + step_a, ... with paired blocks b, b + step_b, ...
 // meanwhile: what AVX-512 does after each product of registers, four times n. In turns as close as these both units work at once.
-static INLINE void multiply(float *sums, const u16 *a, int step_a, const u16 *b, int step_b, int n, bool add, auto &&meanwhile) {
+static INLINE void multiply(float *sums, const Number *a, int step_a, const Number *b, int step_b, int n, bool add, auto &&meanwhile) {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     if (add) { _tile_loadd(0, sums, 64); _tile_loadd(1, sums + 512, 64); _tile_loadd(2, sums + 256, 64); _tile_loadd(3, sums + 768, 64); }
     for (int i = 0; i < n; i++, a += step_a, b += step_b) {
@@ -104,19 +130,19 @@ extern "C" int ringctx_permitted() { return true; }
 struct Registers { Registers() {} };
 
 // The same in AVX-512's registers, which hold the sums of 8 rows at a time: each half of a row in one.
-static INLINE void multiply(float *sums, const u16 *a, int step_a, const u16 *b, int step_b, int n, bool add, auto &&meanwhile) {
+static INLINE void multiply(float *sums, const Number *a, int step_a, const Number *b, int step_b, int n, bool add, auto &&meanwhile) {
     for (float *at = sums; at < sums + 512; at += 8 * 16, a += 8 * EDGE) {
-        __m512 x[2][8];
-        for (int r = 0; r < 16; r++) x[r / 8][r % 8] = add ? _mm512_load_ps(at + r / 8 * 512 + r % 8 * 16) : _mm512_setzero_ps();
+        __m512 x[2][8] = {};
         for (int i = 0; i < n; i++)
-            for (int pair = 0; pair < 16; pair++) {
-                const u16 *left = a + i * step_a + pair * 2, *right = b + i * step_b + pair * EDGE;
-                const __m512bh low = (__m512bh)_mm512_load_si512(right), high = (__m512bh)_mm512_load_si512(right + 512);
+            for (int c = 0; c < EDGE; c += IN_LANE) {
+                const Number *left = a + i * step_a + c, *right = b + i * step_b + c * 16;
+                const __m512 low = _mm512_load_ps(right), high = _mm512_load_ps(right + 512);
                 for (int r = 0; r < 8; r++) {
-                    const __m512bh both = (__m512bh)_mm512_set1_epi32(*(const int *)(left + r * EDGE));
-                    x[0][r] = _mm512_dpbf16_ps(x[0][r], both, low), x[1][r] = _mm512_dpbf16_ps(x[1][r], both, high);
+                    const __m512 lane = _mm512_set1_ps(*(const float *)(left + r * EDGE));
+                    x[0][r] = times(lane, low, x[0][r]), x[1][r] = times(lane, high, x[1][r]);
                 }
             }
+        for (int r = 0; add && r < 16; r++) x[r / 8][r % 8] += _mm512_load_ps(at + r / 8 * 512 + r % 8 * 16);  // last: short sums err less
         for (int r = 0; r < 16; r++) _mm512_store_ps(at + r / 8 * 512 + r % 8 * 16, x[r / 8][r % 8]);
     }
     for (int i = 0; i < 4 * n; i++) meanwhile();
@@ -125,30 +151,25 @@ static INLINE void multiply(float *sums, const u16 *a, int step_a, const u16 *b,
 static const auto nothing = [] {};
 
 // -- blocks from rows -----------------------------------------------------------------------------------------------------------
-
 // Up to 32 rows of 32 columns, `stride` apart, as a plain block; missing rows are 0.
-static void plain(u16 *block, const u16 *from, int64_t stride, int rows) {
-    for (int r = 0; r < EDGE; r++)
-        _mm512_storeu_si512(block + r * EDGE, r < rows ? _mm512_loadu_si512(from + r * stride) : _mm512_setzero_si512());
+static void plain(Number *block, const Number *from, int64_t stride, int rows) {
+    for (int i = 0; i < BLOCK; i += IN_VECTOR)
+        _mm512_storeu_si512(block + i, i / EDGE < rows ? _mm512_loadu_si512(from + i / EDGE * stride + i % EDGE) : _mm512_setzero_si512());
 }
 
 // The same as a paired block.
-static void paired(u16 *block, const u16 *from, int64_t stride, int rows) {
-    for (int half = 0; half < 2; half++)
-        for (int i = 0; i < 16; i++, block += EDGE) {
-            const auto numbers = [&](int r) { return _mm256_loadu_si256((const __m256i *)(from + r * stride + half * 16)); };
-            const auto row = [&](int r) { return r < rows ? _mm512_cvtepu16_epi32(numbers(r)) : _mm512_setzero_si512(); };
-            _mm512_storeu_si512(block, _mm512_or_si512(row(2 * i), _mm512_slli_epi32(row(2 * i + 1), 16)));
-        }
+static void paired(Number *block, const Number *from, int64_t stride, int rows) {
+    alignas(64) static const Number none[EDGE] = {0};
+    const auto row = [&](int r) { return r < rows ? from + r * stride : none; };
+    for (int r = 0; r < EDGE; r += IN_LANE) pair(block + r * 16, row(r), row(r + 1));
 }
 
 // 16 vectors of 16 numbers as the rows of a square -> its columns: the squares beside the diagonal change places, of edge 1, 2, 4 and 8.
 static INLINE void transpose(__m512 *x) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
 #pragma GCC unroll 4
     for (int edge = 1; edge < 16; edge *= 2) {
-        const __mmask16 odd = _mm512_test_epi32_mask(lanes, _mm512_set1_epi32(edge));
-        const __m512i upper = _mm512_mask_add_epi32(lanes, odd, lanes, _mm512_set1_epi32(16 - edge));
+        const __mmask16 odd = _mm512_test_epi32_mask(LANES, _mm512_set1_epi32(edge));
+        const __m512i upper = _mm512_mask_add_epi32(LANES, odd, LANES, _mm512_set1_epi32(16 - edge));
         const __m512i lower = _mm512_add_epi32(upper, _mm512_set1_epi32(edge));
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
@@ -158,60 +179,50 @@ static INLINE void transpose(__m512 *x) {
     }
 }
 
-// 16 rows of 32 columns, transposed: of each two columns the pairs of all rows.
-static INLINE void transposed_pairs(__m512 *x, const u16 *from, int64_t stride, int rows) {
-    for (int r = 0; r < 16; r++) x[r] = r < rows ? _mm512_loadu_ps(from + r * stride) : _mm512_setzero_ps();
-    transpose(x);
+// Up to 32 rows of 32 columns, transposed. put: what becomes of a half of rows, given the first column in a vector's lanes and the vector.
+static INLINE void transposed(const Number *from, int64_t stride, int rows, auto put) {
+    for (int half = 0; half < 2; half++)
+        for (int c = 0; c < EDGE; c += IN_VECTOR) {
+            __m512 x[16];
+            for (int r = 0; r < 16; r++) x[r] = half * 16 + r < rows ? _mm512_loadu_ps(from + (half * 16 + r) * stride + c) : _mm512_setzero_ps();
+            transpose(x);
+            for (int i = 0; i < 16; i++) put(half, c + i * IN_LANE, x[i]);
+        }
 }
 
-// Up to 32 rows of 32 columns, transposed, as a paired block: columns become rows, two of which lie side by side in memory already.
-static void paired_transpose(u16 *block, const u16 *from, int64_t stride, int rows) {
-    for (int half = 0; half < 2; half++) {
-        __m512 x[16];
-        transposed_pairs(x, from + half * 16 * stride, stride, rows - half * 16);
-        for (int i = 0; i < 16; i++, block += EDGE) _mm512_storeu_ps(block, x[i]);
-    }
+// The same as a paired block: columns become rows, two of which lie in a lane already in bf16.
+static void paired_transpose(Number *block, const Number *from, int64_t stride, int rows) {
+    transposed(from, stride, rows, [&](int half, int c, __m512 x) { _mm512_storeu_ps(block + half * 512 + c * 16, x); });
 }
 
 // The same as a plain block.
-static void plain_transpose(u16 *block, const u16 *from, int64_t stride, int rows) {
-    for (int half = 0; half < 2; half++) {
-        __m512 x[16];
-        transposed_pairs(x, from + half * 16 * stride, stride, rows - half * 16);
-        for (int i = 0; i < 16; i++) {
-            u16 *to = block + 2 * i * EDGE + half * 16;
-            const __m512i pairs = _mm512_castps_si512(x[i]);
-            _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(pairs));
-            _mm256_storeu_si256((__m256i *)(to + EDGE), _mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
-        }
-    }
+static void plain_transpose(Number *block, const Number *from, int64_t stride, int rows) {
+    transposed(from, stride, rows, [&](int half, int c, __m512 x) {
+        for (int i = 0; i < IN_LANE; i++) put_lanes(block + (c + i) * EDGE + half * 16, _mm512_srli_epi32((__m512i)x, 16 * i));
+    });
 }
 
 // All rows of one head (s d) as blocks [block of rows][block of columns], by one of the above.
-static void pack(auto as, u16 *blocks, const Halves &x, int64_t b, int64_t h, int64_t s, int64_t d) {
+static void pack(auto as, Number *blocks, const Tensor &x, int64_t b, int64_t h, int64_t s, int64_t d) {
     for (int64_t r = 0; r < s; r += EDGE)
         for (int64_t c = 0; c < d; c += EDGE, blocks += BLOCK) as(blocks, x.row(b, r, h) + c, x.s, (int)std::min<int64_t>(EDGE, s - r));
 }
 
 // -- vectors of 16 ----------------------------------------------------------------------------------------------------------------
-
-// 2^y to 3e-6, by the polynomial of degree 4 whose largest relative error between two whole numbers is least; 0 far below.
+// 2^y to 3e-6 in bf16 and 1e-8 in fp32, by the polynomial whose largest relative error between two whole numbers is least; 0 far below.
 static INLINE __m512 exp2_of(__m512 y) {
     const __m512 x = _mm512_reduce_ps(y, 9);
-    __m512 p = _mm512_set1_ps(1.353417e-2f);
-    for (float c : {5.201146e-2f, 2.4144276e-1f, 6.9300383e-1f, 1.00000259f}) p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(c));
+    __m512 p = _mm512_set1_ps(EXP2[0]);
+    for (size_t i = 1; i < std::size(EXP2); i++) p = _mm512_fmadd_ps(p, x, _mm512_set1_ps(EXP2[i]));
     return _mm512_scalef_ps(p, y);
 }
 
 // Sum of the products of two rows, of a multiple of 32 numbers.
-static float dot(const u16 *a, const u16 *b, int64_t width) {
+static float dot(const Number *a, const Number *b, int64_t width) {
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 32) sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
+    for (int64_t i = 0; i < width; i += IN_VECTOR) sum = times(_mm512_loadu_ps(a + i), _mm512_loadu_ps(b + i), sum);
     return _mm512_reduce_add_ps(sum);
 }
-
-// Two vectors of fp32 as 32 numbers in bf16, low first.
-static INLINE __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // Logits in base 2 with what is added to them; what is hidden is far below all others, but finite.
 static INLINE __m512 biased(__m512 y, __m512 bias) { return _mm512_max_ps(bias * LOG2E + y, _mm512_set1_ps(UNSEEN)); }
@@ -223,15 +234,14 @@ static INLINE void runs(int count, auto joins, auto body) {
 }
 
 // -- forward ------------------------------------------------------------------------------------------------------------------------
-
 // 32 rows of queries under way.
 struct Rows {
-    alignas(64) u16 q[WIDEST * BLOCK];
+    alignas(64) Number q[WIDEST * BLOCK];
     alignas(64) float out[WIDEST * BLOCK];
     alignas(64) float sum[EDGE * 16];  // of each row, lane by lane
     float unit[EDGE], shrink[EDGE];
     bool shrinks;
-    void begin(const Halves &x, int64_t b, int64_t first, int64_t h, const Shape &of) {
+    void begin(const Tensor &x, int64_t b, int64_t first, int64_t h, const Shape &of) {
         for (int64_t c = 0; c < of.d; c += EDGE) plain(q + c * EDGE, x.row(b, first, h) + c, x.s, (int)std::min<int64_t>(EDGE, of.s - first));
         std::memset(out, 0, of.e * EDGE * sizeof(float)), std::memset(sum, 0, sizeof sum);
         std::fill(unit, unit + EDGE, UNSEEN), std::fill(shrink, shrink + EDGE, 1.0f);
@@ -292,7 +302,7 @@ static __attribute__((noinline)) void grow(Rows &rows, const auto &row) {
 template <typename Row> struct Weighing {
     Rows &rows;
     Row row;
-    u16 *weights;
+    Number *weights;
     int turns, due = 0, block = 0;
     __m512 unit = _mm512_setzero_ps(), sum = unit;
     INLINE void operator()() { for (due += EDGE * row.met.count; due >= turns; due -= turns) one(); }
@@ -314,7 +324,7 @@ template <typename Row> struct Weighing {
     INLINE void weigh() {
         const __m512 low = exp2_of(row.above(2 * block, unit)), high = exp2_of(row.above(2 * block + 1, unit));
         sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-        _mm512_store_si512(weights + block++ * BLOCK + row.r * EDGE, halves(low, high));
+        put(weights + block++ * BLOCK + row.r * EDGE, low, high);
     }
 };
 
@@ -349,11 +359,12 @@ struct Meetings {
     }
 };
 
-struct Forward { alignas(64) float scores[2][KEYS * BLOCK]; alignas(64) u16 weights[2][KEYS * BLOCK]; Rows rows[QUERIES]; };
+struct Forward { alignas(64) float scores[2][KEYS * BLOCK]; alignas(64) Number weights[2][KEYS * BLOCK]; Rows rows[QUERIES]; };
 
 // Query blocks `first` to `last` of one head: k paired by columns, v paired by rows, as `pack` leaves them.
 // While one meeting is weighed, the one before is multiplied with its values and the next one with its keys.
-static void attend(Forward &at, const Shape &of, const Halves &q, const u16 *k, const u16 *v, int64_t b, int64_t h, int64_t first, int64_t last) {
+static void attend(Forward &at, const Shape &of, const Tensor &q, const Number *k, const Number *v, int64_t b, int64_t h, int64_t first,
+                   int64_t last) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
     for (int64_t u = first; u < last; u++) at.rows[u - first].begin(q, b, u * EDGE, h, of);
     Meetings meetings{of, first, last, of.causal && !of.grid ? std::min(blocks_of(of.n), last) : blocks_of(of.n)};
@@ -402,11 +413,10 @@ static void finish(const Rows &rows, const Shape &of, int64_t b, int64_t h, int6
 }
 
 // -- backward -----------------------------------------------------------------------------------------------------------------------
-
 // One head of queries, packed: q and dout as right factors both ways, lse in base 2 and delta along the columns of transposed scores;
 // and one of keys. dq: sums, transposed, [block of queries][block of columns].
 struct Packed {
-    Numbers<u16> q_by_columns, q_by_rows, dout_by_columns, dout_by_rows, k, k_transposed, v;
+    Numbers<Number> q_by_columns, q_by_rows, dout_by_columns, dout_by_rows, k, k_transposed, v;
     Numbers<float> lse, delta, dq, dk, dv;
     Packed(int64_t rows, int64_t keys, int64_t d, int64_t e)
         : q_by_columns(rows * d), q_by_rows(rows * d), dout_by_columns(rows * e), dout_by_rows(rows * e), k(keys * d),
@@ -415,38 +425,29 @@ struct Packed {
 
 struct Backward {
     alignas(64) float scores[BLOCK], slopes[BLOCK], bias[BLOCK];
-    alignas(64) u16 weights[SQUARE * SQUARE * BLOCK], plain_ds[SQUARE * SQUARE * BLOCK], paired_ds[SQUARE * SQUARE * BLOCK];
+    alignas(64) Number weights[SQUARE * SQUARE * BLOCK], plain_ds[SQUARE * SQUARE * BLOCK], paired_ds[SQUARE * SQUARE * BLOCK];
 };
 
-// Transposed scores and slopes of 32 keys by 32 queries -> P' and dS' / scale as left factors, the latter as a right one too, with columns as
-// `column_of` has them. DIAGONAL: that is where the block lies. bias: its transpose, [32 keys][32 queries], or nowhere.
+// Transposed scores and slopes of 32 keys by 32 queries -> P' and dS' / scale as left factors, the latter as a right one too.
+// DIAGONAL: that is where the block lies. bias: its transpose, [32 keys][32 queries], or nowhere.
 template <bool DIAGONAL>
-static void differentiate(const float *scores, const float *slopes, const float *lse, const float *delta, float scale, u16 *weights,
-                                 u16 *plain_ds, u16 *paired_ds, const float *bias) {
+static void differentiate(const float *scores, const float *slopes, const float *lse, const float *delta, float scale, Number *weights,
+                          Number *plain_ds, Number *paired_ds, const float *bias) {
     const __m512 scales = _mm512_set1_ps(scale * LOG2E);
-    for (int r = 0; r < EDGE; r += 2) {
-        __m512i rows[2];
-        for (int odd = 0; odd < 2; odd++) {
-            __m512 p[2], ds[2];
-            for (int half = 0; half < 2; half++) {
-                const int at = half * 512 + (r + odd) * 16;
-                const __m512 score = _mm512_load_ps(scores + at), unit = _mm512_load_ps(lse + half * 16);
-                const __m512 whole = bias ? biased(score * scales, _mm512_load_ps(bias + (r + odd) * EDGE + half * 16)) : score;
-                p[half] = exp2_of(bias ? whole - unit : _mm512_fmsub_ps(score, scales, unit));
-                if (DIAGONAL) p[half] = _mm512_maskz_mov_ps((__mmask16)(~0u << (r + odd) >> half * 16), p[half]);  // seen by queries from the key on
-                ds[half] = _mm512_mul_ps(p[half], _mm512_sub_ps(_mm512_load_ps(slopes + at), _mm512_load_ps(delta + half * 16)));
-            }
-            rows[odd] = halves(ds[0], ds[1]);
-            _mm512_store_si512(weights + (r + odd) * EDGE, halves(p[0], p[1]));
-            _mm512_store_si512(plain_ds + (r + odd) * EDGE, rows[odd]);
+    for (int r = 0; r < EDGE; r++) {
+        __m512 p[2], ds[2];
+        for (int half = 0; half < 2; half++) {
+            const int at = half * 512 + r * 16;
+            const __m512 score = _mm512_load_ps(scores + at), unit = _mm512_load_ps(lse + half * 16);
+            const __m512 whole = bias ? biased(score * scales, _mm512_load_ps(bias + r * EDGE + half * 16)) : score;
+            p[half] = exp2_of(bias ? whole - unit : _mm512_fmsub_ps(score, scales, unit));
+            if (DIAGONAL) p[half] = _mm512_maskz_mov_ps((__mmask16)(~0u << r >> half * 16), p[half]);  // seen by queries from the key on
+            ds[half] = _mm512_mul_ps(p[half], _mm512_sub_ps(_mm512_load_ps(slopes + at), _mm512_load_ps(delta + half * 16)));
         }
-        _mm512_store_si512(paired_ds + r * 16, _mm512_unpacklo_epi16(rows[0], rows[1]));
-        _mm512_store_si512(paired_ds + 512 + r * 16, _mm512_unpackhi_epi16(rows[0], rows[1]));
+        put(weights + r * EDGE, p[0], p[1]), put(plain_ds + r * EDGE, ds[0], ds[1]);
     }
+    paired(paired_ds, plain_ds, EDGE, EDGE);
 }
-
-// Where `unpack` of AVX-512 leaves a column of 32: the first four of every eight in one half, the others in the other.
-static int64_t column_of(int64_t half, int64_t lane) { return lane / 4 * 8 + half * 4 + lane % 4; }
 
 // What is added to the logits of a block, keys down; where there is no key or query, 0.
 static const float *transposed_bias(Backward &at, const Shape &of, int64_t b, int64_t h, int64_t key, int64_t query) {
@@ -506,7 +507,7 @@ static void unpack(float *to, int64_t stride, const float *sums, int64_t rows, i
         }
 }
 
-// Transposed sums, likewise, whose columns lie as `column_of` says.
+// Transposed sums, likewise.
 static void unpack_transposed(float *to, int64_t stride, const float *sums, int64_t rows, int64_t width, float scale) {
     for (int64_t part = 0; part < blocks_of(rows) * 2; part++)
         for (int64_t c = 0; c < width; c += 16) {
@@ -515,15 +516,14 @@ static void unpack_transposed(float *to, int64_t stride, const float *sums, int6
             for (int i = 0; i < 16; i++) x[i] = _mm512_mul_ps(_mm512_load_ps(from + i * 16), _mm512_set1_ps(scale));
             transpose(x);
             for (int i = 0; i < 16; i++) {
-                const int64_t row = part / 2 * EDGE + column_of(part % 2, i);
-                if (row < rows) _mm512_storeu_ps(to + row * stride + c, x[i]);
+                if (part * 16 + i < rows) _mm512_storeu_ps(to + (part * 16 + i) * stride + c, x[i]);
             }
         }
 }
 
 // One key head of one sequence, which a thread takes at a time, and all query heads that share it.
-static void differentiate_head(Backward &at, Packed &x, const Shape &of, const Halves &q, const Halves &k, const Halves &v, const Halves &dout,
-                               const Halves &out, const float *lse, const float *dlse, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
+static void differentiate_head(Backward &at, Packed &x, const Shape &of, const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &dout,
+                               const Tensor &out, const float *lse, const float *dlse, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
     const int64_t share = of.h / of.g;
     pack(plain, x.k.at, k, b, g, of.n, of.d), pack(plain_transpose, x.k_transposed.at, k, b, g, of.n, of.d);
     pack(plain, x.v.at, v, b, g, of.n, of.e), x.dk.zero(), x.dv.zero();
@@ -548,20 +548,18 @@ static void differentiate_head(Backward &at, Packed &x, const Shape &of, const H
 }
 
 // -- what Python calls --------------------------------------------------------------------------------------------------------------
-
 static Shape shape(const int64_t *n, float scale, const uint8_t *grid, View<float> bias) {
     return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7] != 0, grid, scale, bias};
 }
 
-extern "C" {
 // sizes: b s n h g d e causal. strides: of q, k, v, bias (b h s), three each; bias and grid (see Shape) may be null.
 // out (b s h e) and lse (b s h), contiguous fp32.
-void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const int64_t *strides,
-                     const int64_t *sizes, float scale, int threads, float *out, float *lse) {
+extern "C" void ringctx_forward(const Number *q, const Number *k, const Number *v, const float *bias, const uint8_t *grid,
+                                const int64_t *strides, const int64_t *sizes, float scale, int threads, float *out, float *lse) {
     const Shape of = shape(sizes, scale, grid, {bias, strides + 9});
-    const Halves q_(q, strides), k_(k, strides + 3), v_(v, strides + 6);
+    const Tensor q_(q, strides), k_(k, strides + 3), v_(v, strides + 6);
     const int64_t rows = blocks_of(of.n) * EDGE, runs = (blocks_of(of.s) + QUERIES - 1) / QUERIES;
-    Numbers<u16> keys(of.b * of.g * rows * of.d), values(of.b * of.g * rows * of.e);
+    Numbers<Number> keys(of.b * of.g * rows * of.d), values(of.b * of.g * rows * of.e);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
@@ -582,11 +580,11 @@ void ringctx_forward(const u16 *q, const u16 *k, const u16 *v, const float *bias
 }
 
 // strides: of q, k, v, bias, dout, out. lse, dlse (b s h) or null, dq (b s h d), dk (b n g d), dv (b n g e): contiguous fp32.
-void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bias, const uint8_t *grid, const u16 *dout, const u16 *out,
-                      const int64_t *strides, const float *lse, const float *dlse, const int64_t *sizes, float scale, int threads, float *dq,
-                      float *dk, float *dv) {
+extern "C" void ringctx_backward(const Number *q, const Number *k, const Number *v, const float *bias, const uint8_t *grid, const Number *dout,
+                                 const Number *out, const int64_t *strides, const float *lse, const float *dlse, const int64_t *sizes,
+                                 float scale, int threads, float *dq, float *dk, float *dv) {
     const Shape of = shape(sizes, scale, grid, {bias, strides + 9});
-    const Halves q_(q, strides), k_(k, strides + 3), v_(v, strides + 6), dout_(dout, strides + 12), out_(out, strides + 15);
+    const Tensor q_(q, strides), k_(k, strides + 3), v_(v, strides + 6), dout_(dout, strides + 12), out_(out, strides + 15);
 #pragma omp parallel num_threads(threads)
     {
         const Registers registers;
@@ -596,5 +594,4 @@ void ringctx_backward(const u16 *q, const u16 *k, const u16 *v, const float *bia
         for (int64_t i = 0; i < of.b * of.g; i++)
             differentiate_head(*at, packed, of, q_, k_, v_, dout_, out_, lse, dlse, dq, dk, dv, i / of.g, i % of.g);
     }
-}
 }

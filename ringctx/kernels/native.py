@@ -1,4 +1,4 @@
-"""ringctx's own kernel for CPUs with AMX or AVX512-BF16: bfloat16 tiles, forward and backward, compiled on first use from native.cpp.
+"""ringctx's own kernel for CPUs with AVX-512: tiles in float32 or bfloat16, forward and backward, compiled on first use from native.cpp.
 
 Knows a compiler, a file in the user's cache and the addresses of tensors. Knows nothing of ranks.
 Letters: b batch, q and k the tile's queries and keys, h query heads, g key/value heads, d key width, e value width.
@@ -25,8 +25,7 @@ from ringctx.kernels.sdpa import Sdpa, additive_mask
 from ringctx.kernels.tricks import is_empty, no_gradient, nothing_seen, require_square, rows_of_lse, unit_stride
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-shared", "-fPIC", "-w", "-fno-strict-aliasing")
-AVX512, AMX = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16", "fma"), ("amx-tile", "amx-bf16")
+FLAGS = "-O3 -std=c++20 -fopenmp -shared -fPIC -w -fno-strict-aliasing -mavx512f -mavx512bw -mavx512vl -mavx512dq".split()
 EDGE, WIDEST, SQUARE = 32, 256, 4
 """Widths are multiples of the first, up to the second; the third is the edge, in blocks, of what native.cpp looks up at once."""
 
@@ -34,7 +33,7 @@ log = logging.getLogger("ringctx.kernels")
 
 
 class Native:
-    """Tiles in bfloat16, any mask or bias as one tensor to add; out, lse and gradients in fp32. See Kernel for the shapes.
+    """Tiles in bfloat16 or float32, any mask or bias as one tensor to add; out, lse and gradients in fp32. See Kernel for the shapes.
 
     tiles: if given, nothing else of the rectangle is seen; their borders are multiples of `edge` but at the tensors' ends.
     Fewer than EDGE queries, as while decoding, go to aten's kernel, which packs nothing.
@@ -49,16 +48,18 @@ class Native:
     def why_not(self, call: Call) -> str | None:
         if call.device != "cpu":
             return "computes on CPUs only"
-        if call.dtype != torch.bfloat16:
-            return "computes bfloat16 only"
+        if call.dtype not in (torch.bfloat16, torch.float32):
+            return "computes bfloat16 and float32 only"
         for name, what in (("elementwise", "elementwise scores"), ("dropout", "dropout"), ("bias_grad", "gradients of a bias")):
             if getattr(call, name):
                 return f"knows no {what}"
         if any(width % EDGE or width > WIDEST for width in (call.d, call.e)):
             return f"takes widths that are multiples of {EDGE} up to {WIDEST}"
-        if not torch.cpu._is_avx512_bf16_supported():
-            return "needs a CPU with AVX512-BF16"
-        return library()[1]
+        if call.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+            return "needs a CPU with AVX512-BF16 for bfloat16"
+        if not torch.cpu._is_avx512_supported():
+            return "needs a CPU with AVX-512"
+        return library(call.dtype)[1]
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: TileScores, tiles: tuple[Tile, ...] | None = None) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,7 @@ class Native:
         given, bias, grid = [unit_stride(x) for x in (q, k, v)], _bias(q, k, scores), _grid(q, k, tiles)
         out, lse = (q.new_empty(*q.shape[:3], *tail, dtype=torch.float32) for tail in ((v.shape[3],), ()))
         sizes = _sizes(q, k, v, scores, bias)
-        _call("ringctx_forward", *given, bias, grid, _strides(*given, bias), sizes, scores.scale, torch.get_num_threads(), out, lse)
+        _call(q, "ringctx_forward", *given, bias, grid, _strides(*given, bias), sizes, scores.scale, torch.get_num_threads(), out, lse)
         return out, lse
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ class Native:
         grads = [torch.empty(x.shape, dtype=torch.float32) for x in (q, k, v)]
         rows = rows_of_lse(lse).float().contiguous()
         _call(
-            *("ringctx_backward", *given, bias, grid, dout, out, _strides(*given, bias, dout, out), rows),
+            *(q, "ringctx_backward", *given, bias, grid, dout, out, _strides(*given, bias, dout, out), rows),
             None if dlse is None else dlse.float().contiguous(),
             *(_sizes(q, k, v, scores, bias), scores.scale, torch.get_num_threads(), *grads),
         )
@@ -96,8 +97,8 @@ class Native:
         return dq, dk, dv
 
 
-def _call(name: str, *given: Any) -> None:
-    found = library()[0]
+def _call(like: Tensor, name: str, *given: Any) -> None:
+    found = library(like.dtype)[0]
     assert found is not None, "why_not was not asked"
     getattr(found, name)(*(_as_c(x) for x in given))
 
@@ -145,9 +146,10 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, scores: TileScores, bias: Tensor | N
 
 
 @cache
-def library() -> tuple[ctypes.CDLL | None, str | None]:
-    """The compiled kernel, or why there is none, in half a sentence. Compiled once for a user, a version of the source, a kind of CPU."""
-    flags = [*FLAGS, *(f"-m{name}" for name in (*AVX512, *(AMX if torch.cpu._is_amx_tile_supported() else ())))]
+def library(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
+    """The kernel for a dtype, or why there is none, in half a sentence. Compiled once for a user, a version of it, a kind of CPU."""
+    amx = ["-mamx-tile", "-mamx-bf16"] if torch.cpu._is_amx_tile_supported() else []
+    flags = [*FLAGS, *(["-DSINGLE"] if dtype == torch.float32 else ["-mavx512bf16", *amx])]
     compiler = shutil.which("c++") or shutil.which("g++")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ringctx"
     file = folder / f"native-{hashlib.sha256(SOURCE.read_bytes() + ' '.join(flags).encode()).hexdigest()[:16]}.so"
