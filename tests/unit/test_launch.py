@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -55,3 +58,18 @@ def test_a_survivor_does_not_write_over_a_failure(tmp_path, monkeypatch):
 def test_half_a_file_counts_as_silence(tmp_path):
     (tmp_path / "error.json").write_text('{"message": {"mess')
     assert _ends(tmp_path) == []
+
+
+@pytest.mark.parametrize("is_rank", [True, False])
+def test_a_rank_does_not_wait_for_the_interpreter_to_be_taken_down(is_rank):
+    script = """
+import atexit, runpy, sys
+atexit.register(print, "exit functions ran")
+sys.modules["kept"] = type("Kept", (), {"__del__": lambda self: print("taken down")})()
+sys.argv = ["ringctx", "--help"]
+runpy.run_module("ringctx", run_name="__main__")
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"RANK": "0", "WORLD_SIZE": "1"} if is_rank else {}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, text=True, capture_output=True, timeout=60, check=True)
+    assert "exit functions ran" in done.stdout and ("taken down" in done.stdout) is not is_rank

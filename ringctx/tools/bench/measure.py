@@ -5,7 +5,7 @@ sequence; the ring is that many ranks of one thread each, on the same tensors. B
 that a machine that slows down slows both; medians are reported. Rank 0 runs the anchor while the others sleep in a receive.
 On GPUs, one a rank, the anchor is one of them, whose time the ring's ranks are asked to divide among them.
 Of an attention with a carry the anchor is the same ring without it. Floors and peers, where they are asked for, are timed in every round
-too; a peer that is wrong or breaks off is not timed.
+too; a peer that is wrong or breaks off is not timed. All of them run in processes that keep freed memory, as those that read and train do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ringctx.core.attention import Attention
 from ringctx.core.entry import ring_attention
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
-from ringctx.device import device_of
+from ringctx.device import device_of, keep_freed_memory
 from ringctx.tools.bench.beside import Beside, Other
 from ringctx.tools.bench.case import Case, Times, finish, meet, sdpa, slowest, tensors_of, timed
 from ringctx.tools.bench.peers import Peer
@@ -85,6 +85,7 @@ def measure(
 
     trace: a folder for the timeline of the last round, a file a rank.
     """
+    keep_freed_memory()
     layout, device = Layout.zigzag(case.S, ring.size), device_of(ModelConfig())
     q, k, v, dout = (x.to(device) for x in tensors_of(case))
     others = [Other(peer, ring, case, device) for peer in peers]
