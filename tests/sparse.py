@@ -17,6 +17,7 @@ from ringctx import patterns as p
 from ringctx.core.lines import Lines
 from ringctx.core.pattern import Pattern
 from ringctx.core.plan import make_plan
+from ringctx.device import keep_freed_memory
 
 SHARES = (0.5, 0.25, 0.1, 0.05, 0.02)
 SEED = 0
@@ -121,7 +122,8 @@ BALANCE = "| pattern | busiest over mean, zigzag | balanced | keys sent | keys n
 @click.option("--heads", default=8, show_default=True, help="Of 64; ratios do not depend on them, and few make long sequences quick.")
 @click.option("--ranks", default=4, show_default=True, help="Of the table of balance; 0 leaves it out.")
 def main(tokens: int, sides: tuple[int, ...], dtypes: tuple[str, ...], rounds: int, heads: int, ranks: int) -> None:
-    """Measure."""
+    """Measure, in a process that keeps freed memory, as those that read and train do."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     for dtype in dtypes:
         for side in sides:
