@@ -46,5 +46,6 @@ class Sum:
         return self._value
 
     def narrow(self) -> Tensor:
-        """The sum rounded once to the dtype of `like`; perhaps strided."""
-        return (self.wide() if self._value is None else self._value).to(self.dtype)
+        """The sum rounded once to the dtype of `like`, perhaps strided. Its memory is given back: a next sum begins at zero."""
+        whole, self._value = self.wide() if self._value is None else self._value, None
+        return whole.to(self.dtype)
