@@ -40,7 +40,7 @@ BRANCHES = (
         "slice(c - self.first[1], d - self.first[1])",
         "slice(c - min(self.first[1], 0), d - min(self.first[1], 0))",
         "a tile takes keys by their place in the block, not among those that were encoded",
-        DEFINITION,
+        (RANKS + "test_every_method_is_its_definition_forward_and_backward[lm_infinite-zigzag-fetch-2ranks]",),
     ),
     Mutation(
         "sink_once_a_branch",
