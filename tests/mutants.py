@@ -107,7 +107,8 @@ def try_one(folder: Path, mutation: Mutation, timeout: float) -> Verdict:
     path = folder / mutation.file
     source = path.read_text()
     broken = source.replace(mutation.old, mutation.new)
-    compile(broken, str(path), "exec")
+    if path.suffix == ".py":
+        compile(broken, str(path), "exec")
     path.write_text(broken)
     try:
         return run_tests(folder, mutation.tests, timeout)

@@ -11,6 +11,7 @@ from tests.mutations.carries import CARRIES
 from tests.mutations.functions import FUNCTIONS
 from tests.mutations.kinds import Mutation
 from tests.mutations.masks import WHO_SEES_WHOM
+from tests.mutations.native import NATIVE
 from tests.mutations.scores import HEADS_AND_SCORES
 from tests.mutations.sums import SUMS
 from tests.mutations.training import TRAINED
@@ -26,4 +27,5 @@ MUTATIONS: tuple[Mutation, ...] = (
     *CARRIES,
     *TRAINED,
     *FUNCTIONS,
+    *NATIVE,
 )

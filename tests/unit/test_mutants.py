@@ -16,7 +16,8 @@ def test_a_mutation_fits_the_code(mutation):
     source = (ROOT / mutation.file).read_text()
     broken = source.replace(mutation.old, mutation.new)
     assert broken != source
-    compile(broken, mutation.file, "exec")
+    if mutation.file.endswith(".py"):
+        compile(broken, mutation.file, "exec")
     assert mutation.story and mutation.tests
     for test in mutation.tests:
         file, _, name = test.partition("::")

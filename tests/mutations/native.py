@@ -1,0 +1,54 @@
+"""The native kernel adds to the wrong sums, sees keys that are not there, or is not the one that was compiled. Where this CPU has one."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from tests.mutations.kinds import Mutation, unit
+
+SOURCE = "ringctx/kernels/native.cpp"
+IS_MADE = torch.cpu._is_avx512_supported() and shutil.which("c++") is not None
+FULL = unit("native", "test_it_is_attention_within_the_rounding_of_its_factors[avx512-odd-False]")
+CAUSAL = unit("native", "test_it_is_attention_within_the_rounding_of_its_factors[avx512-odd-True]")
+HALF = unit("native", "test_it_is_attention_within_the_rounding_of_its_factors[avx512-bf16-odd-True]")
+
+IN_FLOAT32 = (
+    Mutation("native_sum_anew", SOURCE, "add && r < 16", "false && r < 16", "what was added up before is forgotten", CAUSAL),
+    Mutation("native_behind_the_end", SOURCE, "rest < EDGE ? (1u << rest) - 1 : ~0u", "~0u", "keys that are not there are seen", FULL),
+    Mutation(
+        "native_diagonal",
+        SOURCE,
+        "if (DIAGONAL) p[half] =",
+        "if (false) p[half] =",
+        "in backward queries see the keys after them in a block",
+        CAUSAL,
+    ),
+    Mutation(
+        "native_unit_for_ever",
+        SOURCE,
+        "TOO_MUCH = 1e12f",
+        "TOO_MUCH = INFINITY",
+        "weights add up beyond what fp32 holds before their unit grows",
+        unit("native", "test_logits_that_rise_along_the_keys_change_the_unit_of_their_row[avx512-200.0]"),
+    ),
+    Mutation(
+        "native_bias_untransposed",
+        SOURCE,
+        "at.bias[r * EDGE + c] = row[r]",
+        "at.bias[c * EDGE + r] = row[r]",
+        "backward adds the bias of a key for a query to that of the query for the key",
+        unit("native", "test_masks_and_biases_are_added_and_rows_that_see_nothing_are_0[avx512-333-333-mask of heads]"),
+    ),
+    Mutation(
+        "native_one_file",
+        "ringctx/kernels/native.py",
+        " + ' '.join(flags).encode()",
+        "",
+        "what was compiled for another dtype or CPU is loaded",
+        unit("native", "test_dtypes_and_kinds_of_cpus_share_a_home"),
+    ),
+)
+IN_BFLOAT16 = (Mutation("native_pairs", SOURCE, "0x300010", "0x200000", "both halves of a paired block are the first", HALF),)
+NATIVE = (IN_FLOAT32 if IS_MADE else ()) + (IN_BFLOAT16 if IS_MADE and torch.cpu._is_avx512_bf16_supported() else ())
