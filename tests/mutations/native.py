@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-
 import torch
 
+from ringctx.kernels.base import Call
+from ringctx.kernels.native import Native
 from tests.mutations.kinds import Mutation, unit
 
 SOURCE = "ringctx/kernels/native.cpp"
-IS_MADE = torch.cpu._is_avx512_supported() and shutil.which("c++") is not None
+CAN = [Native().why_not(Call("cpu", dtype, 2, 2, 64, 64)) is None for dtype in (torch.float32, torch.bfloat16)]
 FULL = unit("native", "test_it_is_attention_within_the_rounding_of_its_factors[avx512-odd-False]")
 CAUSAL = unit("native", "test_it_is_attention_within_the_rounding_of_its_factors[avx512-odd-True]")
 HALF = unit("native", "test_it_is_attention_within_the_rounding_of_its_factors[avx512-bf16-odd-True]")
@@ -51,4 +51,4 @@ IN_FLOAT32 = (
     ),
 )
 IN_BFLOAT16 = (Mutation("native_pairs", SOURCE, "0x300010", "0x200000", "both halves of a paired block are the first", HALF),)
-NATIVE = (IN_FLOAT32 if IS_MADE else ()) + (IN_BFLOAT16 if IS_MADE and torch.cpu._is_avx512_bf16_supported() else ())
+NATIVE = (IN_FLOAT32 if CAN[0] else ()) + (IN_BFLOAT16 if CAN[1] else ())

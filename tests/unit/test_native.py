@@ -23,8 +23,9 @@ CALL = Call("cpu", torch.bfloat16, 4, 2, 64, 64)
 
 @dataclass(frozen=True)
 class Unit:
-    """What multiplies, numbers of which dtype, and how far out and gradients may be off, and both where logits are large:
-    in fp32 a logit of 1,000 is known to 1e-4.
+    """What multiplies, numbers of which dtype, and how far out and gradients may be off.
+
+    large: times as far, where logits are hundreds, whose own rounding in fp32 shows beside float32's alone. rising: where they are 1,000.
     """
 
     name: str
@@ -32,12 +33,13 @@ class Unit:
     out: float
     grads: float
     large: float
+    rising: float
 
 
 POSSIBLE = [
-    Unit("avx512", torch.float32, 1e-6, 1e-6, 3e-4),
-    Unit("avx512-bf16", torch.bfloat16, 2.5e-3, 3e-3, 8e-3),
-    *([Unit("amx-bf16", torch.bfloat16, 2.5e-3, 3e-3, 8e-3)] if torch.cpu._is_amx_tile_supported() else []),
+    Unit("avx512", torch.float32, 1e-6, 1e-6, 6.0, 3e-4),
+    Unit("avx512-bf16", torch.bfloat16, 2.5e-3, 3e-3, 1.0, 8e-3),
+    *([Unit("amx-bf16", torch.bfloat16, 2.5e-3, 3e-3, 1.0, 8e-3)] if torch.cpu._is_amx_tile_supported() else []),
 ]
 UNITS = [unit for unit in POSSIBLE if Native().why_not(replace(CALL, dtype=unit.dtype)) is None]
 HERE = pytest.mark.skipif(not UNITS, reason=f"the native kernel {Native().why_not(replace(CALL, dtype=torch.float32))}")
@@ -157,8 +159,8 @@ def test_tensors_may_be_strided_and_logits_large(unit: Unit) -> None:
     padded = [torch.cat([x, x], -1)[..., : x.shape[-1]] for x in (q, k, v)]
     for some in (strided, padded):
         out, lse = Native().forward(*some, scores)
-        assert off(out, want[0]) < unit.large and off(lse, want[1]) < 1e-5
-        assert off(Native().backward(dout, *some, want[0].to(unit.dtype), lse, scores)[2], want[4]) < unit.large
+        assert off(out, want[0]) < unit.large * unit.out and off(lse, want[1]) < 1e-5
+        assert off(Native().backward(dout, *some, want[0].to(unit.dtype), lse, scores)[2], want[4]) < unit.large * unit.grads
 
 
 @HERE
@@ -172,7 +174,7 @@ def test_logits_that_rise_along_the_keys_change_the_unit_of_their_row(unit: Unit
     out, lse = kernel.forward(q, k, v, scores)
     grads = kernel.backward(dout, q, k, v, out, lse, scores, dlse)
     assert off(lse, want[1]) < 1e-6
-    assert max(off(got, one) for got, one in zip((out, *grads), (want[0], *want[2:]), strict=True)) < unit.large
+    assert max(off(got, one) for got, one in zip((out, *grads), (want[0], *want[2:]), strict=True)) < unit.rising
 
 
 @HERE
