@@ -179,14 +179,14 @@ static INLINE void transpose(__m512 *x) {
     }
 }
 
-// Up to 32 rows of 32 columns, transposed. put: what becomes of a half of rows, given the first column in a vector's lanes and the vector.
-static INLINE void transposed(const Number *from, int64_t stride, int rows, auto put) {
+// Up to 32 rows of 32 columns, transposed. take: what becomes of a half of rows, given the first column in a vector's lanes and the vector.
+static INLINE void transposed(const Number *from, int64_t stride, int rows, auto take) {
     for (int half = 0; half < 2; half++)
         for (int c = 0; c < EDGE; c += IN_VECTOR) {
             __m512 x[16];
             for (int r = 0; r < 16; r++) x[r] = half * 16 + r < rows ? _mm512_loadu_ps(from + (half * 16 + r) * stride + c) : _mm512_setzero_ps();
             transpose(x);
-            for (int i = 0; i < 16; i++) put(half, c + i * IN_LANE, x[i]);
+            for (int i = 0; i < 16; i++) take(half, c + i * IN_LANE, x[i]);
         }
 }
 
@@ -439,8 +439,8 @@ static void differentiate(const float *scores, const float *slopes, const float 
         for (int half = 0; half < 2; half++) {
             const int at = half * 512 + r * 16;
             const __m512 score = _mm512_load_ps(scores + at), unit = _mm512_load_ps(lse + half * 16);
-            const __m512 whole = bias ? biased(score * scales, _mm512_load_ps(bias + r * EDGE + half * 16)) : score;
-            p[half] = exp2_of(bias ? whole - unit : _mm512_fmsub_ps(score, scales, unit));
+            p[half] = exp2_of(bias ? biased(score * scales, _mm512_load_ps(bias + r * EDGE + half * 16)) - unit
+                                   : _mm512_fmsub_ps(score, scales, unit));
             if (DIAGONAL) p[half] = _mm512_maskz_mov_ps((__mmask16)(~0u << r >> half * 16), p[half]);  // seen by queries from the key on
             ds[half] = _mm512_mul_ps(p[half], _mm512_sub_ps(_mm512_load_ps(slopes + at), _mm512_load_ps(delta + half * 16)));
         }
