@@ -44,6 +44,7 @@ done
 
 start() { # a node's ranks
   exec ip netns exec "$space-$1" env GLOO_SOCKET_IFNAME=eth0 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
+    GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.tcache_count=0}" \
     "$python" -m torch.distributed.run --nnodes="$nodes" --node-rank="$1" --nproc-per-node=$((ranks / nodes)) \
     --master-addr=10.77.0.1 --master-port=29800 -m ringctx "${@:2}"
 }

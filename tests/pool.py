@@ -24,6 +24,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from ringctx.runtime.launch import ENVIRONMENT
+
 FIRST, MOST = 4, 8
 """Processes started at first, and when a job asks for more."""
 
@@ -188,8 +190,9 @@ class _Worker:
         self.rank = rank
         self.pipe, far = context.Pipe()
         self.process = context.Process(target=_main, args=(rank, far, str(folder)), daemon=True, name=f"rank {rank}")
-        old = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS",)}
-        os.environ["OMP_NUM_THREADS"] = "1"
+        usual = {"OMP_NUM_THREADS": "1", **ENVIRONMENT}
+        old = {name: os.environ.get(name) for name in usual}
+        os.environ.update(usual)
         try:
             self.process.start()
         finally:

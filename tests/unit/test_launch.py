@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from ringctx.runtime.launch import End, _ends, cause, leave
+from ringctx.runtime import launch
+from ringctx.runtime.launch import ENVIRONMENT, End, _ends, cause, leave
 
 REQUEST = End(1, 2, "ring.timeout is soon")
 ECHO = End(0, 3, "rank 1 closed its connection")
@@ -74,3 +76,23 @@ runpy.run_module("ringctx", run_name="__main__")
     environment |= {"RANK": "0", "WORLD_SIZE": "1"} if is_rank else {}
     done = subprocess.run([sys.executable, "-c", script], env=environment, text=True, capture_output=True, timeout=60, check=True)
     assert "exit functions ran" in done.stdout and ("left at once" in done.stdout) is is_rank
+
+
+@pytest.mark.parametrize("said", [None, "glibc.malloc.check=1"])
+def test_ranks_are_started_with_the_environment_unless_another_is_set(monkeypatch: pytest.MonkeyPatch, said: str | None) -> None:
+    found = {}
+    for name in ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "RINGCTX_LAUNCHER"):
+        monkeypatch.setenv(name, "")  # so that what is set meanwhile is undone
+        monkeypatch.delenv(name)
+    if said is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", said)
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: lambda *_: found.update(os.environ))
+    assert launch.run(2, ["info"]) == 0
+    assert found["GLIBC_TUNABLES"] == (said or ENVIRONMENT["GLIBC_TUNABLES"])
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "shaped-ring.sh"])
+def test_scripts_start_ranks_as_the_command_does(script: str) -> None:
+    text = (Path(__file__).parents[2] / "launch" / script).read_text()
+    for name, value in ENVIRONMENT.items():
+        assert f"{name}:-{value}}}" in text

@@ -102,7 +102,7 @@ class Here:
         attention takes does not depend on what it sees.
         """
         many = min(LAYERS, self.shapes.layers)
-        read, caches = self._reader(many, tokens, MASKED), list[KVCache]()
+        read, caches = self._reader(many, tokens, MASKED, many - 1), list[KVCache]()
         for _ in range(-(-self.shapes.layers // many)):
             caches.append(read())
         numbers = many * (len(caches) * tokens * self.shapes.values_a_token + self.shapes.layer_params)
@@ -115,8 +115,11 @@ class Here:
         rests = [whole - many * attending for whole, attending in self._turns(read, attends)]
         return max(statistics.median(rests) / many, 1e-9)
 
-    def _reader(self, layers: int, tokens: int, attention: Attention) -> Callable[[], KVCache]:
-        """Reads so many tokens with a model of random weights, on each rank alone, into a cache of their own."""
+    def _reader(self, layers: int, tokens: int, attention: Attention, last: int | None = None) -> Callable[[], KVCache]:
+        """Reads so many tokens with a model of random weights, on each rank alone, into a cache of their own.
+
+        last: the layer whose keys are the last that are wanted, if not all is to be computed.
+        """
         model, layout = _random(self.shapes, layers, self.device, self.dtype), Layout.contiguous(tokens, 1)
         context = wrap(model, Ring.alone(), attention)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
@@ -125,7 +128,7 @@ class Here:
         def read() -> KVCache:
             cache = KVCache(layers, 0, 1, room=tokens)
             cache.extend(layout)
-            with context.running(layout, cache):
+            with context.running(layout, cache) if last is None else context.caching(layout, cache, last):
                 model.base_model(**inputs)
             return cache
 
