@@ -32,7 +32,7 @@ from ringctx.errors import ConfigError, LayoutError
 
 MANY, TRIM_EVERY = 1024, 8
 """Tokens of a layer from which on its freed memory matters, and of how many such layers it is let go together: each time costs page
-faults, 18 % of the time of reading when after every layer, 2 % or less after every eighth.
+faults, 18 % of the time of reading when after every layer, at most 2.5 % after every eighth.
 """
 
 
