@@ -76,7 +76,7 @@ def main(tokens: int, dtype: str, rounds: int) -> None:
                     continue  # as two processes alone
                 given = (tokens * (1 if alone else size) if window else IN_ALL, window, dtype, alone or size == 1)
                 ranks = pool.run(processor_seconds, *given, size=max(size, 2), timeout=900.0)
-                found.setdefault((max(size, 1 + alone), window, alone), []).append(statistics.mean(ranks))
+                found.setdefault((max(size, 2) if alone else size, window, alone), []).append(statistics.mean(ranks))
         click.echo(COLUMNS)
         for size in SIZES:
             alone = statistics.median(found[max(size, 2), WINDOW, True])
