@@ -149,7 +149,7 @@ class Work:
                 continue
             q_, k_, v_ = pick(q, group.rows), pick(k, group.keys), pick(v, group.keys)
             total, encoded = of_rows[group.rows], Encoded(group, rows, q_, queries, k_, keys)
-            several, rest = self._together(group, rows, q_, k_, v_, backward=False)
+            several, rest = self._together(group, rows, q_, queries, k_, v_, keys, backward=False)
             if several is not None:
                 total.rows(*several.at.queries).merge_(*several.forward(encoded, v_))
             for tile in self._pieces(rest):
@@ -197,7 +197,7 @@ class Work:
             assert dout is not None and q is not None and out is not None and lse is not None
             k_, v_ = pick(k, group.keys), pick(v, group.keys)
             encoded = Encoded(group, some, q, queries, k_, keys)
-            several, rest = self._together(group, some, q, k_, v_, backward=True)
+            several, rest = self._together(group, some, q, queries, k_, v_, keys, backward=True)
             if several is not None:
                 (a, b), (c, d) = several.at.queries, several.at.keys
                 parts = several.backward(encoded, v_, dout, out, lse, dlse)
@@ -238,16 +238,16 @@ class Work:
         return [piece for tile in rows for piece in pieces(tile)] if heavy else rows
 
     def _together(
-        self, group: HeadGroup, rows: Sequence[Tile], q: Tensor, k: Tensor, v: Tensor, backward: bool
+        self, group: HeadGroup, rows: Sequence[Tile], q: Tensor, queries: Ranges, k: Tensor, v: Tensor, keys: Ranges, backward: bool
     ) -> tuple[Several | None, Sequence[Tile]]:
         """Tiles that the kernel computes in one call, if it does, and those that remain."""
-        if len(rows) < 2 or self.attention.additive or self.attention.elementwise or self.attention.dropout:
+        if self.attention.additive or self.attention.elementwise or self.attention.dropout:
             return None, rows
         kernel = self.choose(FULL, q, q.shape[2], k.shape[2], v.shape[3], backward)
         edge = getattr(kernel, "edge", None)
-        if edge is None:
+        if edge is None or q.shape[1] < edge:
             return None, rows
-        rectangle, rest = joined(tuple(rows), edge, q.shape[1], k.shape[1])
+        rectangle, rest = joined(group.pattern, queries, keys, tuple(rows), edge)
         return None if rectangle is None else Several(kernel, rectangle, TileScores(scale_of(self.attention, q.shape[3]))), rest
 
     # -- one tile ---------------------------------------------------------------------------------------------------

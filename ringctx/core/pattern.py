@@ -32,6 +32,8 @@ class Verdict(enum.IntEnum):
 
 
 EMPTY, FULL, CAUSAL, PARTIAL = Verdict
+FAR = 1 << 62
+"""Further than any key is from any query."""
 
 
 class Pattern:
@@ -51,6 +53,10 @@ class Pattern:
     def judge(self, q: range, k: range) -> Verdict:
         """The verdict on queries q times keys k; both are ascending ranges and not empty."""
         raise NotImplementedError
+
+    def band(self, q: range, k: range) -> tuple[int, int] | None:
+        """low and high, if in this tile query i sees exactly the keys with low <= j - i <= high; None where not, or not known."""
+        return (-FAR, FAR) if self.judge(q, k) is FULL else None
 
     def cut(self, span: range) -> int | None:
         """An index strictly inside the span where it is best divided (a document's first token), or None.
@@ -106,6 +112,9 @@ class Causal(Pattern):
         aligned = len(q) == len(k) and q.step == k.step and 0 <= q[0] - k[0] < q.step
         return CAUSAL if aligned else PARTIAL
 
+    def band(self, q: range, k: range) -> tuple[int, int] | None:
+        return -FAR, 0
+
     def __str__(self) -> str:
         return "causal"
 
@@ -149,6 +158,10 @@ class And(Pair):
             return EMPTY
         return max(left, right)  # FULL gives way to the other verdict, and PARTIAL to none
 
+    def band(self, q: range, k: range) -> tuple[int, int] | None:
+        left, right = self.left.band(q, k), self.right.band(q, k)
+        return None if left is None or right is None else (max(left[0], right[0]), min(left[1], right[1]))
+
     def __str__(self) -> str:
         return " & ".join(f"({part})" if isinstance(part, Or) else f"{part}" for part in (self.left, self.right))
 
@@ -165,6 +178,11 @@ class Or(Pair):
         if left is FULL or (right := self.right.judge(q, k)) is FULL:
             return FULL
         return max(left, right)  # EMPTY gives way to the other verdict, and PARTIAL to none
+
+    def band(self, q: range, k: range) -> tuple[int, int] | None:
+        if self.left.judge(q, k) is EMPTY:
+            return self.right.band(q, k)
+        return self.left.band(q, k) if self.right.judge(q, k) is EMPTY else super().band(q, k)
 
     def __str__(self) -> str:
         return " | ".join(f"({part})" if isinstance(part, And) else f"{part}" for part in (self.left, self.right))

@@ -18,6 +18,7 @@ from torch import Tensor
 from ringctx.core.pattern import (
     CAUSAL,
     EMPTY,
+    FAR,
     FULL,
     PARTIAL,
     Causal,
@@ -48,6 +49,9 @@ class Window(Pattern):
         if q[-1] - k[0] < self.width:
             return FULL
         return EMPTY if q[0] - k[-1] >= self.width else PARTIAL
+
+    def band(self, q: range, k: range) -> tuple[int, int] | None:
+        return 1 - self.width, FAR
 
     def __str__(self) -> str:
         return f"window({self.width})"
@@ -146,6 +150,9 @@ class Band(Pattern):
             return EMPTY
         aligned = len(q) == len(k) and q.step == k.step and k[0] - q[0] == self.high and least >= self.low
         return CAUSAL if aligned else PARTIAL
+
+    def band(self, q: range, k: range) -> tuple[int, int] | None:
+        return self.low, self.high
 
     def __str__(self) -> str:
         return f"band({self.low}, {self.high})"

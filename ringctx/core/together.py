@@ -1,4 +1,4 @@
-"""Together: whole and causal tiles of one visit that a kernel computes in one call, over the rectangle that holds them all.
+"""Together: tiles of one visit that a kernel computes in one call, over the rectangle that holds them all: whole, causal, a window's.
 
 Knows tiles and kernels. Letters: b batch, s query tokens, n visiting keys, h query heads, g key heads, d key width, e value width.
 """
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ringctx.core.pattern import CAUSAL, FULL, PARTIAL
-from ringctx.core.tiles import Tile
+from ringctx.core.layout import Ranges, count
+from ringctx.core.pattern import CAUSAL, FAR, FULL, PARTIAL, Pattern
+from ringctx.core.tiles import Line, Tile
 from ringctx.kernels.base import Kernel, TileScores
-from ringctx.kernels.base import Tile as PlainTile
+from ringctx.kernels.base import Tile as Banded
 
 if TYPE_CHECKING:
     from ringctx.core.compute import Encoded
@@ -25,28 +26,65 @@ class Rectangle(NamedTuple):
 
     queries: tuple[int, int]
     keys: tuple[int, int]
-    tiles: tuple[PlainTile, ...]
+    tiles: tuple[Banded, ...]
+
+    def pairs(self, edge: int) -> int:
+        """Query-key pairs that a kernel of this edge computes, which takes as many queries at once."""
+        return sum(
+            min(edge, b - i) * max(0, min(d, i + edge + high) - max(c, i + low))
+            for low, high, a, b, c, d in self.tiles
+            for i in range(a, b, edge)
+        )
 
 
 @lru_cache(maxsize=256)
-def joined(rows: tuple[Tile, ...], edge: int, num_queries: int, num_keys: int) -> tuple[Rectangle | None, tuple[Tile, ...]]:
-    """The rectangle of those tiles whose borders are multiples of `edge` but at the tensors' ends, and the tiles that remain.
+def joined(pattern: Pattern, queries: Ranges, keys: Ranges, rows: tuple[Tile, ...], edge: int) -> tuple[Rectangle | None, tuple[Tile, ...]]:
+    """The rectangle of those tiles that a kernel of this edge takes, and the tiles that remain: those it would cut, and masked ones that
+    are no band.
 
     No rectangle where such tiles are few, or so far apart that it would have twice the keys that they have.
     """
     fits = lambda a, b, size: a % edge == 0 and (b % edge == 0 or b == size)
-    plain: list[Tile] = []
+    sizes, lines = (count(queries), count(keys)), (Line(queries), Line(keys))
+    found: list[tuple[Tile, tuple[int, int]]] = []
     rest: list[Tile] = []
     for tile in rows:
-        verdict, a, b, c, d = tile
-        (plain if verdict != PARTIAL and fits(a, b, num_queries) and fits(c, d, num_keys) else rest).append(tile)
-    if len(plain) < 2:
+        _, a, b, c, d = tile
+        band = _band(pattern, tile, *lines, 2 * edge - 2) if fits(a, b, sizes[0]) and fits(c, d, sizes[1]) else None
+        if band is None:
+            rest.append(tile)
+        else:
+            found.append((tile, band))
+    some = [tile for tile, _ in found]
+    if len(some) < 2 and not any(verdict == PARTIAL for verdict, *_ in some):
         return None, rows
-    x, y = min(t[1] for t in plain), min(t[3] for t in plain)
-    queries, keys = (x, max(t[2] for t in plain)), (y, max(t[4] for t in plain))
-    if queries[1] - x < edge or 2 * sum(t[4] - t[3] for t in plain) < keys[1] - y:
+    x, y = min(t[1] for t in some), min(t[3] for t in some)
+    ends = max(t[2] for t in some), max(t[4] for t in some)
+    if ends[0] - x < edge or 2 * sum(t[4] - t[3] for t in some) < ends[1] - y:
         return None, rows
-    return Rectangle(queries, keys, tuple((verdict == CAUSAL, a - x, b - x, c - y, d - y) for verdict, a, b, c, d in plain)), tuple(rest)
+    moved = ((*(_moved(bound, x - y) for bound in band), a - x, b - x, c - y, d - y) for (_, a, b, c, d), band in found)
+    return Rectangle((x, ends[0]), (y, ends[1]), tuple(moved)), tuple(rest)  # type: ignore[arg-type]
+
+
+def _band(pattern: Pattern, tile: Tile, queries: Line, keys: Line, least: int) -> tuple[int, int] | None:
+    """low and high, where the query at position i sees of the tile exactly the keys at positions j with low <= j - i <= high, least or more
+    apart; else None."""
+    verdict, a, b, c, d = tile
+    if verdict != PARTIAL:
+        return -FAR, c - a if verdict == CAUSAL else FAR
+    (q, q_exact), (k, k_exact) = queries.hull(a, b), keys.hull(c, d)
+    band = pattern.band(q, k) if q_exact and k_exact and q.step == k.step else None
+    if band is None:
+        return None
+    ahead, apart = k[0] - q[0], c - a
+    low = -FAR if band[0] == -FAR else apart - (ahead - band[0]) // q.step
+    high = FAR if band[1] == FAR else apart + (band[1] - ahead) // q.step
+    return (low, high) if high - low >= least else None
+
+
+def _moved(bound: int, by: int) -> int:
+    """A band's bound, unless there is none."""
+    return bound + by if abs(bound) < FAR else bound
 
 
 @dataclass(frozen=True)

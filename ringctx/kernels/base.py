@@ -49,8 +49,9 @@ class TileScores:
     keep: Callable[[], Tensor] | None = None
 
 
-Tile = tuple[bool, int, int, int, int]
-"""Part of a rectangle: (is causal, else whole, first query, end of queries, first key, end of keys)."""
+Tile = tuple[int, int, int, int, int, int]
+"""Part of a rectangle, (low, high, first query, end of queries, first key, end of keys): query i sees its key j where low <= j - i <= high,
+both counted from the rectangle's corner."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Kernel(Protocol):
               -> dq, dk, dv with the shapes of q, k, v, in q's or the accumulation dtype.
     h is a multiple of g; query head n reads key head n // (h // g). No dimension is empty. Inputs may be strided
     anywhere but in their last dim.
-    A kernel that computes many whole and causal tiles of one rectangle in one call has an `edge`, and takes them as `tiles`.
+    A kernel that computes many tiles of one rectangle in one call has an `edge`, and takes them as `tiles`. Their borders are multiples of
+    it but at the rectangle's ends; high - low is 2 edge - 2 or more, so that no square of that edge holds both borders of a band.
     """
 
     name: str

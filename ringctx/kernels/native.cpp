@@ -74,7 +74,12 @@ template <typename T> struct View {
 };
 using Tensor = View<Number>;
 
-enum Seen : uint8_t { NONE, ALL, CUT };  // which pairs of a block of queries and one of keys are; CUT: those on and below its diagonal
+// What a block of queries sees of one of keys. UP_TO + n, FROM + n: row r the keys up to r + n, or those from r + n on.
+enum : uint8_t { NONE, ALL, UP_TO = 64, FROM = 192 };
+static INLINE uint32_t lanes_of(uint8_t seen, int r) {  // of the keys that its row r sees
+    const int n = std::clamp(seen == ALL ? EDGE : seen < 128 ? seen - UP_TO + r + 1 : seen - FROM + r, 0, EDGE);
+    return (uint32_t)((1ull << n) - 1) ^ (seen < 128 ? 0u : ~0u);
+}
 static int64_t blocks_of(int64_t rows) { return (rows + EDGE - 1) / EDGE; }
 
 struct Shape {
@@ -85,9 +90,8 @@ struct Shape {
     View<float> bias;  // what is added to logits, (b s h n); -inf hides a key
     int keys_at_once() const { return d + e > 128 ? KEYS : KEYS / 2; }  // measured: wider heads want longer sums, narrow ones the first cache
     int64_t band() const { return 1024 * IN_LANE / (d + e) * SQUARE; }  // blocks of queries that stay in the second cache while all keys pass
-    Seen seen(int64_t query, int64_t key) const {
-        if (grid) return (Seen)grid[query * blocks_of(n) + key];
-        return !causal || key < query ? ALL : key == query ? CUT : NONE;
+    uint8_t seen(int64_t query, int64_t key) const {
+        return grid ? grid[query * blocks_of(n) + key] : !causal || key < query ? ALL : key == query ? UP_TO : NONE;
     }
     // Whether the grid shows nothing of some keys to a square of queries. Behind it lies, of each square, whether anything is seen.
     bool blank(int64_t query, int64_t key, int keys) const {
@@ -202,9 +206,9 @@ static void plain_transpose(Number *block, const Number *from, int64_t stride, i
     });
 }
 
-// All rows of one head (s d) as blocks [block of rows][block of columns], by one of the above.
-static void pack(auto as, Number *blocks, const Tensor &x, int64_t b, int64_t h, int64_t s, int64_t d) {
-    for (int64_t r = 0; r < s; r += EDGE)
+// Rows of one head (s d), blocks `first` to `last` of them, as blocks [block of rows][block of columns], by one of the above.
+static void pack(auto as, Number *blocks, const Tensor &x, int64_t b, int64_t h, int64_t s, int64_t d, int64_t first, int64_t last) {
+    for (int64_t r = first * EDGE; r < std::min(last * EDGE, s); r += EDGE)
         for (int64_t c = 0; c < d; c += EDGE, blocks += BLOCK) as(blocks, x.row(b, r, h) + c, x.s, (int)std::min<int64_t>(EDGE, s - r));
 }
 
@@ -244,8 +248,7 @@ struct Rows {
     void begin(const Tensor &x, int64_t b, int64_t first, int64_t h, const Shape &of) {
         for (int64_t c = 0; c < of.d; c += EDGE) plain(q + c * EDGE, x.row(b, first, h) + c, x.s, (int)std::min<int64_t>(EDGE, of.s - first));
         std::memset(out, 0, of.e * EDGE * sizeof(float)), std::memset(sum, 0, sizeof sum);
-        std::fill(unit, unit + EDGE, UNSEEN), std::fill(shrink, shrink + EDGE, 1.0f);
-        shrinks = false;
+        std::fill(unit, unit + EDGE, UNSEEN), std::fill(shrink, shrink + EDGE, 1.0f), shrinks = false;
     }
 };
 
@@ -254,15 +257,15 @@ struct Met {
     int count = 0;
     int64_t block[KEYS];
     uint32_t lanes[KEYS];
-    bool cut[KEYS], whole = true;  // whole: no key of them is hidden
+    uint8_t seen[KEYS];
+    bool whole = true;  // no key of them is hidden
     Met() {}
     Met(const Shape &of, int64_t query, int64_t first) {
         for (int64_t key = first; key < std::min(first + of.keys_at_once(), blocks_of(of.n)); key++) {
-            const Seen seen = of.seen(query, key);
-            if (seen == NONE) continue;
             const int64_t rest = of.n - key * EDGE;
-            whole = whole && seen == ALL && rest >= EDGE;
-            block[count] = key, cut[count] = seen == CUT, lanes[count++] = rest < EDGE ? (1u << rest) - 1 : ~0u;
+            if (!(seen[count] = of.seen(query, key))) continue;
+            whole = whole && seen[count] == ALL && rest >= EDGE;
+            block[count] = key, lanes[count++] = rest < EDGE ? (1u << rest) - 1 : ~0u;
         }
     }
 };
@@ -278,8 +281,7 @@ template <bool PLAIN, bool WHOLE> struct Row {
     __m512 score(int i) const {
         const __m512 found = _mm512_load_ps(scores + i * 512 + r * 16);
         if (PLAIN && WHOLE) return found;
-        const uint32_t lanes = met.cut[i / 2] ? met.lanes[i / 2] & (uint32_t)((2ull << r) - 1) : met.lanes[i / 2];
-        const __mmask16 here = (__mmask16)(lanes >> i % 2 * 16);
+        const __mmask16 here = (__mmask16)((met.lanes[i / 2] & lanes_of(met.seen[i / 2], r)) >> i % 2 * 16);
         if (PLAIN) return _mm512_mask_mov_ps(_mm512_set1_ps(UNSEEN) / scale, here, found);
         const __m512 y = _mm512_mask_mul_ps(_mm512_set1_ps(UNSEEN), here, found, scale);
         return first ? biased(y, _mm512_maskz_loadu_ps(here, first + std::min<int64_t>(r, last) * step + met.block[i / 2] * EDGE + i % 2 * 16)) : y;
@@ -406,21 +408,21 @@ static void finish(const Rows &rows, const Shape &of, int64_t b, int64_t h, int6
         const int64_t row = (b * of.s + u * EDGE + r) * of.h + h;
         const bool blind = rows.unit[r] < UNSEEN / 2;
         const float sum = _mm512_reduce_add_ps(_mm512_load_ps(rows.sum + r * 16)), share = blind ? 0.0f : 1.0f / sum;
-        for (int64_t c = 0; c < of.e; c += 16)
-            _mm512_storeu_ps(out + row * of.e + c, _mm512_mul_ps(_mm512_load_ps(rows.out + c / 16 * 512 + r * 16), _mm512_set1_ps(share)));
+        for (int64_t c = 0; c < of.e; c += 16) _mm512_storeu_ps(out + row * of.e + c, _mm512_load_ps(rows.out + c / 16 * 512 + r * 16) * share);
         lse[row] = blind ? -INFINITY : (rows.unit[r] + std::log2(sum)) / LOG2E;
     }
 }
 
 // -- backward -----------------------------------------------------------------------------------------------------------------------
-// One head of queries, packed: q and dout as right factors both ways, lse in base 2 and delta along the columns of transposed scores;
-// and one of keys. dq: sums, transposed, [block of queries][block of columns].
+// A band of queries of one head, packed: q and dout as right factors both ways, lse in base 2 and delta along the columns of transposed
+// scores; and one head of keys, a square's when it is first seen. dq: sums, transposed, [block of queries][block of columns].
 struct Packed {
     Numbers<Number> q_by_columns, q_by_rows, dout_by_columns, dout_by_rows, k, k_transposed, v;
     Numbers<float> lse, delta, dq, dk, dv;
+    Numbers<uint8_t> begun;  // of each square of keys
     Packed(int64_t rows, int64_t keys, int64_t d, int64_t e)
-        : q_by_columns(rows * d), q_by_rows(rows * d), dout_by_columns(rows * e), dout_by_rows(rows * e), k(keys * d),
-          k_transposed(keys * d), v(keys * e), lse(rows), delta(rows), dq(rows * d), dk(keys * d), dv(keys * e) {}
+        : q_by_columns(rows * d), q_by_rows(rows * d), dout_by_columns(rows * e), dout_by_rows(rows * e), k(keys * d), k_transposed(keys * d),
+          v(keys * e), lse(rows), delta(rows), dq(rows * d), dk(keys * d), dv(keys * e), begun(keys / EDGE) {}
 };
 
 struct Backward {
@@ -429,24 +431,22 @@ struct Backward {
 };
 
 // Transposed scores and slopes of 32 keys by 32 queries -> P' and dS' / scale as left factors, the latter as a right one too.
-// DIAGONAL: that is where the block lies. bias: its transpose, [32 keys][32 queries], or nowhere.
-template <bool DIAGONAL>
-static void differentiate(const float *scores, const float *slopes, const float *lse, const float *delta, float scale, Number *weights,
-                          Number *plain_ds, Number *paired_ds, const float *bias) {
+// seen: by the queries. u, to: their block in x, and where the results go. bias: its transpose, [32 keys][32 queries], or nowhere.
+static void differentiate(Backward &at, const Packed &x, uint8_t seen, int64_t u, int to, float scale, const float *bias) {
     const __m512 scales = _mm512_set1_ps(scale * LOG2E);
     for (int r = 0; r < EDGE; r++) {
+        const uint32_t lanes = seen == ALL ? ~0u : lanes_of(256 - seen, r);  // queries that see key r
         __m512 p[2], ds[2];
         for (int half = 0; half < 2; half++) {
-            const int at = half * 512 + r * 16;
-            const __m512 score = _mm512_load_ps(scores + at), unit = _mm512_load_ps(lse + half * 16);
-            p[half] = exp2_of(bias ? biased(score * scales, _mm512_load_ps(bias + r * EDGE + half * 16)) - unit
-                                   : _mm512_fmsub_ps(score, scales, unit));
-            if (DIAGONAL) p[half] = _mm512_maskz_mov_ps((__mmask16)(~0u << r >> half * 16), p[half]);  // seen by queries from the key on
-            ds[half] = _mm512_mul_ps(p[half], _mm512_sub_ps(_mm512_load_ps(slopes + at), _mm512_load_ps(delta + half * 16)));
+            const int from = half * 512 + r * 16, row = u * EDGE + half * 16;
+            const __m512 y = _mm512_load_ps(at.scores + from) * scales, unit = _mm512_load_ps(x.lse.at + row);
+            p[half] = exp2_of(bias ? biased(y, _mm512_load_ps(bias + r * EDGE + half * 16)) - unit : y - unit);
+            p[half] = _mm512_maskz_mov_ps((__mmask16)(lanes >> half * 16), p[half]);
+            ds[half] = p[half] * (_mm512_load_ps(at.slopes + from) - _mm512_load_ps(x.delta.at + row));
         }
-        put(weights + r * EDGE, p[0], p[1]), put(plain_ds + r * EDGE, ds[0], ds[1]);
+        put(at.weights + to + r * EDGE, p[0], p[1]), put(at.plain_ds + to + r * EDGE, ds[0], ds[1]);
     }
-    paired(paired_ds, plain_ds, EDGE, EDGE);
+    paired(at.paired_ds + to, at.plain_ds + to, EDGE, EDGE);
 }
 
 // What is added to the logits of a block, keys down; where there is no key or query, 0.
@@ -460,40 +460,38 @@ static const float *transposed_bias(Backward &at, const Shape &of, int64_t b, in
     return at.bias;
 }
 
-// Blocks of keys from `key`, of queries from `query`, SQUARE of each: their part of dq and of dk, dv.
-static void square(Backward &at, const Shape &of, Packed &x, int64_t b, int64_t h, int64_t key, int64_t query) {
+// Blocks of keys from `key`, of queries from `query`, SQUARE of each: their part of dq and of dk, dv. band: where the packed queries begin.
+static void square(Backward &at, const Shape &of, Packed &x, int64_t b, int64_t h, int64_t key, int64_t query, int64_t band) {
     const int wide = of.d / EDGE, tall = of.e / EDGE;
     const int keys = (int)std::min<int64_t>(SQUARE, blocks_of(of.n) - key);
     const int queries = (int)std::min<int64_t>(SQUARE, blocks_of(of.s) - query);
-    Seen seen[SQUARE][SQUARE];
+    uint8_t seen[SQUARE][SQUARE];
     for (int i = 0; i < keys; i++)
         for (int j = 0; j < queries; j++) {
-            const int64_t u = query + j;
+            const int64_t u = query - band + j;
             const int to = (i * SQUARE + j) * BLOCK;
-            seen[i][j] = of.seen(u, key + i);
-            if (seen[i][j] == NONE) continue;
+            seen[i][j] = of.seen(query + j, key + i);
+            if (!seen[i][j]) continue;
             multiply(at.scores, x.k.at + (key + i) * wide * BLOCK, BLOCK, x.q_by_columns.at + u * wide * BLOCK, BLOCK, wide, false, nothing);
             multiply(at.slopes, x.v.at + (key + i) * tall * BLOCK, BLOCK, x.dout_by_columns.at + u * tall * BLOCK, BLOCK, tall, false, nothing);
-            (seen[i][j] == CUT ? differentiate<true> : differentiate<false>)(
-                at.scores, at.slopes, x.lse.at + u * EDGE, x.delta.at + u * EDGE, of.scale, at.weights + to, at.plain_ds + to, at.paired_ds + to,
-                transposed_bias(at, of, b, h, key + i, u));
+            differentiate(at, x, seen[i][j], u, to, of.scale, transposed_bias(at, of, b, h, key + i, query + j));
         }
     for (int i = 0; i < keys; i++)
         runs(queries, [&](int j) { return !seen[i][j] == !seen[i][j - 1]; }, [&](int j, int count) {
             if (!seen[i][j]) return;
             const int from = (i * SQUARE + j) * BLOCK;
             for (int c = 0; c < tall; c++)
-                multiply(x.dv.at + ((key + i) * tall + c) * BLOCK, at.weights + from, BLOCK, x.dout_by_rows.at + ((query + j) * tall + c) * BLOCK,
+                multiply(x.dv.at + ((key + i) * tall + c) * BLOCK, at.weights + from, BLOCK, x.dout_by_rows.at + ((query - band + j) * tall + c) * BLOCK,
                          tall * BLOCK, count, true, nothing);
             for (int c = 0; c < wide; c++)
-                multiply(x.dk.at + ((key + i) * wide + c) * BLOCK, at.plain_ds + from, BLOCK, x.q_by_rows.at + ((query + j) * wide + c) * BLOCK,
+                multiply(x.dk.at + ((key + i) * wide + c) * BLOCK, at.plain_ds + from, BLOCK, x.q_by_rows.at + ((query - band + j) * wide + c) * BLOCK,
                          wide * BLOCK, count, true, nothing);
         });
     for (int j = 0; j < queries; j++)
         runs(keys, [&](int i) { return !seen[i][j] == !seen[i - 1][j]; }, [&](int i, int count) {
             if (!seen[i][j]) return;
             for (int c = 0; c < wide; c++)
-                multiply(x.dq.at + ((query + j) * wide + c) * BLOCK, x.k_transposed.at + ((key + i) * wide + c) * BLOCK, wide * BLOCK,
+                multiply(x.dq.at + ((query - band + j) * wide + c) * BLOCK, x.k_transposed.at + ((key + i) * wide + c) * BLOCK, wide * BLOCK,
                          at.paired_ds + (i * SQUARE + j) * BLOCK, SQUARE * BLOCK, count, true, nothing);
         });
 }
@@ -503,7 +501,7 @@ static void unpack(float *to, int64_t stride, const float *sums, int64_t rows, i
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < width; c += 16) {
             const float *block = sums + (r / EDGE * (width / EDGE) + c / EDGE) * BLOCK;
-            _mm512_storeu_ps(to + r * stride + c, _mm512_mul_ps(_mm512_load_ps(block + c % EDGE / 16 * 512 + r % EDGE * 16), _mm512_set1_ps(scale)));
+            _mm512_storeu_ps(to + r * stride + c, _mm512_load_ps(block + c % EDGE / 16 * 512 + r % EDGE * 16) * scale);
         }
 }
 
@@ -513,36 +511,41 @@ static void unpack_transposed(float *to, int64_t stride, const float *sums, int6
         for (int64_t c = 0; c < width; c += 16) {
             const float *from = sums + (part / 2 * (width / EDGE) + c / EDGE) * BLOCK + part % 2 * 512 + c % EDGE * 16;
             __m512 x[16];
-            for (int i = 0; i < 16; i++) x[i] = _mm512_mul_ps(_mm512_load_ps(from + i * 16), _mm512_set1_ps(scale));
+            for (int i = 0; i < 16; i++) x[i] = _mm512_load_ps(from + i * 16) * scale;
             transpose(x);
-            for (int i = 0; i < 16; i++) {
-                if (part * 16 + i < rows) _mm512_storeu_ps(to + (part * 16 + i) * stride + c, x[i]);
-            }
+            for (int i = 0; i < 16 && part * 16 + i < rows; i++) _mm512_storeu_ps(to + (part * 16 + i) * stride + c, x[i]);
         }
 }
 
 // One key head of one sequence, which a thread takes at a time, and all query heads that share it.
 static void differentiate_head(Backward &at, Packed &x, const Shape &of, const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &dout,
                                const Tensor &out, const float *lse, const float *dlse, float *dq, float *dk, float *dv, int64_t b, int64_t g) {
-    const int64_t share = of.h / of.g;
-    pack(plain, x.k.at, k, b, g, of.n, of.d), pack(plain_transpose, x.k_transposed.at, k, b, g, of.n, of.d);
-    pack(plain, x.v.at, v, b, g, of.n, of.e), x.dk.zero(), x.dv.zero();
-    for (int64_t h = g * share; h < (g + 1) * share; h++) {
-        pack(paired_transpose, x.q_by_columns.at, q, b, h, of.s, of.d), pack(paired, x.q_by_rows.at, q, b, h, of.s, of.d);
-        pack(paired_transpose, x.dout_by_columns.at, dout, b, h, of.s, of.e), pack(paired, x.dout_by_rows.at, dout, b, h, of.s, of.e), x.dq.zero();
-        for (int64_t i = 0; i < (int64_t)x.lse.size; i++) {
-            const int64_t row = (b * of.s + i) * of.h + h;
-            x.lse.at[i] = i < of.s ? lse[row] * LOG2E : -UNSEEN;  // rows that are not there weigh 0
-            x.delta.at[i] = i < of.s ? dot(dout.row(b, i, h), out.row(b, i, h), of.e) - (dlse ? dlse[row] : 0.0f) : 0.0f;
-        }
+    const auto begin = [&](int64_t key) {
+        const int64_t last = std::min(key + SQUARE, blocks_of(of.n)), at = key * EDGE, rows = (last - key) * EDGE;
+        if (x.begun.at[key / SQUARE]) return;
+        pack(plain, x.k.at + at * of.d, k, b, g, of.n, of.d, key, last);
+        pack(plain_transpose, x.k_transposed.at + at * of.d, k, b, g, of.n, of.d, key, last);
+        pack(plain, x.v.at + at * of.e, v, b, g, of.n, of.e, key, last);
+        std::fill_n(x.dk.at + at * of.d, rows * of.d, 0.0f), std::fill_n(x.dv.at + at * of.e, rows * of.e, 0.0f), x.begun.at[key / SQUARE] = 1;
+    };
+    x.begun.zero();
+    for (int64_t h = g * (of.h / of.g); h < (g + 1) * (of.h / of.g); h++)
         for (int64_t first = 0; first < blocks_of(of.s); first += of.band()) {
-            const int64_t last = std::min(first + of.band(), blocks_of(of.s));
+            const int64_t last = std::min(first + of.band(), blocks_of(of.s)), rows = std::min((last - first) * EDGE, of.s - first * EDGE);
+            pack(paired_transpose, x.q_by_columns.at, q, b, h, of.s, of.d, first, last), x.dq.zero();
+            pack(paired, x.q_by_rows.at, q, b, h, of.s, of.d, first, last), pack(paired, x.dout_by_rows.at, dout, b, h, of.s, of.e, first, last);
+            pack(paired_transpose, x.dout_by_columns.at, dout, b, h, of.s, of.e, first, last);
+            for (int64_t i = 0; i < (last - first) * EDGE; i++) {
+                const int64_t s = first * EDGE + i, row = (b * of.s + s) * of.h + h;
+                x.lse.at[i] = i < rows ? lse[row] * LOG2E : -UNSEEN;  // rows that are not there weigh 0
+                x.delta.at[i] = i < rows ? dot(dout.row(b, s, h), out.row(b, s, h), of.e) - (dlse ? dlse[row] : 0.0f) : 0.0f;
+            }
             for (int64_t key = 0; key < blocks_of(of.n); key += SQUARE)
                 for (int64_t query = of.causal && !of.grid ? std::max(first, key) : first; query < last; query += SQUARE)
-                    if (!of.blank(query, key, SQUARE)) square(at, of, x, b, h, key, query);
+                    if (!of.blank(query, key, SQUARE)) begin(key), square(at, of, x, b, h, key, query, first);
+            unpack_transposed(dq + ((b * of.s + first * EDGE) * of.h + h) * of.d, of.h * of.d, x.dq.at, rows, of.d, of.scale);
         }
-        unpack_transposed(dq + (b * of.s * of.h + h) * of.d, of.h * of.d, x.dq.at, of.s, of.d, of.scale);
-    }
+    for (int64_t key = 0; key < blocks_of(of.n); key += SQUARE) begin(key);  // what nobody saw
     unpack(dk + (b * of.n * of.g + g) * of.d, of.g * of.d, x.dk.at, of.n, of.d, of.scale);
     unpack(dv + (b * of.n * of.g + g) * of.e, of.g * of.e, x.dv.at, of.n, of.e, 1.0f);
 }
@@ -564,8 +567,8 @@ extern "C" void ringctx_forward(const Number *q, const Number *k, const Number *
     {
 #pragma omp for
         for (int64_t i = 0; i < of.b * of.g; i++) {
-            pack(paired_transpose, keys.at + i * rows * of.d, k_, i / of.g, i % of.g, of.n, of.d);
-            pack(paired, values.at + i * rows * of.e, v_, i / of.g, i % of.g, of.n, of.e);
+            pack(paired_transpose, keys.at + i * rows * of.d, k_, i / of.g, i % of.g, of.n, of.d, 0, blocks_of(of.n));
+            pack(paired, values.at + i * rows * of.e, v_, i / of.g, i % of.g, of.n, of.e, 0, blocks_of(of.n));
         }
         const Registers registers;
         const std::unique_ptr<Forward> at(new Forward);
@@ -589,7 +592,7 @@ extern "C" void ringctx_backward(const Number *q, const Number *k, const Number 
     {
         const Registers registers;
         const std::unique_ptr<Backward> at(new Backward);
-        Packed packed(blocks_of(of.s) * EDGE, blocks_of(of.n) * EDGE, of.d, of.e);
+        Packed packed(std::min(of.band(), blocks_of(of.s)) * EDGE, blocks_of(of.n) * EDGE, of.d, of.e);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < of.b * of.g; i++)
             differentiate_head(*at, packed, of, q_, k_, v_, dout_, out_, lse, dlse, dq, dk, dv, i / of.g, i % of.g);

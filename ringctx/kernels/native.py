@@ -28,6 +28,8 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = "-O3 -std=c++20 -fopenmp -shared -fPIC -w -fno-strict-aliasing -mavx512f -mavx512bw -mavx512vl -mavx512dq".split()
 EDGE, WIDEST, SQUARE = 32, 256, 4
 """Widths are multiples of the first, up to the second; the third is the edge, in blocks, of what native.cpp looks up at once."""
+UP_TO, FROM = 64, 192
+"""As in native.cpp."""
 
 log = logging.getLogger("ringctx.kernels")
 
@@ -35,7 +37,7 @@ log = logging.getLogger("ringctx.kernels")
 class Native:
     """Tiles in bfloat16 or float32, any mask or bias as one tensor to add; out, lse and gradients in fp32. See Kernel for the shapes.
 
-    tiles: if given, nothing else of the rectangle is seen; their borders are multiples of `edge` but at the tensors' ends.
+    tiles: if given, nothing else of the rectangle is seen.
     Fewer than EDGE queries, as while decoding, go to aten's kernel, which packs nothing.
     """
 
@@ -122,17 +124,23 @@ def _grid(q: Tensor, k: Tensor, tiles: tuple[Tile, ...] | None) -> Tensor | None
 
 @lru_cache(maxsize=64)
 def _marked(tiles: tuple[Tile, ...], num_queries: int, num_keys: int) -> Tensor:
-    """Of each block of queries and of keys, what is seen: 0 nothing, 1 all, 2 the causal half; then of each SQUARE x SQUARE of them
-    whether anything is. Kept, since a model's layers ask alike."""
+    """Of each block of queries and of keys, what is seen, as native.cpp has it; then of each SQUARE x SQUARE of them whether anything is.
+    Kept, since a model's layers ask alike."""
     grid = torch.zeros(num_queries, num_keys, dtype=torch.uint8)
-    for is_causal, *borders in tiles:
+    apart = EDGE * (torch.arange(num_keys) - torch.arange(num_queries)[:, None])  # from a block's first query to its first key
+    for low, high, *borders in tiles:
         a, b, c, d = (-(-border // EDGE) for border in borders)
-        part = grid[a:b, c:d].fill_(1)
-        if is_causal:
-            part.tril_().diagonal().fill_(2)
+        grid[a:b, c:d] = _seen(apart[a:b, c:d], low, high)
     squares = torch.nn.functional.pad(grid, (0, -num_keys % SQUARE, 0, -num_queries % SQUARE)) > 0
     squares = squares.unflatten(0, (-1, SQUARE)).unflatten(2, (-1, SQUARE)).any(3).any(1)
     return torch.cat([grid.flatten(), squares.flatten().to(grid.dtype)])
+
+
+def _seen(apart: Tensor, low: int, high: int) -> Tensor:
+    """What blocks so far apart see of a band: nothing, all, or what is on one side of one of its borders, which are not in one block."""
+    some = (apart + EDGE > low) & (apart - EDGE < high)
+    upper, lower = apart + EDGE - 1 > high, apart - EDGE + 1 < low
+    return torch.where(upper, UP_TO + high - apart, torch.where(lower, FROM + low - apart, 1)) * some
 
 
 def _strides(*tensors: Tensor | None) -> Any:

@@ -20,9 +20,25 @@ IN_FLOAT32 = (
     Mutation(
         "native_diagonal",
         SOURCE,
-        "if (DIAGONAL) p[half] =",
-        "if (false) p[half] =",
+        "seen == ALL ? ~0u : lanes_of(256 - seen, r);",
+        "~0u;",
         "in backward queries see the keys after them in a block",
+        CAUSAL,
+    ),
+    Mutation(
+        "native_far_border",
+        SOURCE,
+        "seen - FROM + r,",
+        "seen - FROM + r + 1,",
+        "a window loses its farthest key",
+        unit("native", "test_tiles_of_a_rectangle_in_one_call[avx512-window-plain]"),
+    ),
+    Mutation(
+        "native_keys_begin_once",
+        SOURCE,
+        "if (x.begun.at[key / SQUARE]) return;",
+        "",
+        "gradients of keys begin anew with each square of queries",
         CAUSAL,
     ),
     Mutation(

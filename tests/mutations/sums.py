@@ -40,8 +40,8 @@ SUMS = (
     Mutation(
         "bf16_sums",
         CORE + "sums.py",
-        "self._value.to(accumulation_dtype(self.dtype))",
-        "self._value.to(self.dtype)",
+        "self._whole(accumulation_dtype(self.dtype))",
+        "self._whole(self.dtype)",
         "gradients are summed and sent in the model's dtype",
         promise("test_bf16_sums_are_kept_and_travel_in_fp32"),
     ),

@@ -11,7 +11,8 @@ import torch
 from ringctx import Attention, Layout, Ring, cli
 from ringctx.core.pattern import FULL, PARTIAL
 from ringctx.core.plan import Visit, make_plan
-from ringctx.patterns import causal
+from ringctx.patterns import causal, dilated
+from ringctx.patterns import window as window_of
 from ringctx.tools.planner import Here
 from ringctx.tools.planner.here import fitted
 from ringctx.tools.planner.machine import Device, Effort
@@ -30,11 +31,15 @@ def test_a_visit_is_calls_and_products_and_what_is_touched() -> None:
     tiles = ((FULL, 0, 64, 0, 32), (FULL, 64, 128, 32, 64), (PARTIAL, 0, 10, 64, 96)), ((PARTIAL, 0, 10, 64, 96),), ()
     visit = Visit(0, (range(96),), ((0, 96),), tiles)  # type: ignore[arg-type]
     plain, masked = 2 * 64 * 32, 10 * 32
-    each = device().effort(visit, (3, 1, 5), 8, 128)
+    some = (dilated(2), dilated(2), causal())
+    each = device().effort(visit, some, (3, 1, 5), 8, (range(128),))
     assert each == (1, 4, 4 * 8 * 3 * plain, 4 * 8 * (3 + 1) * masked, 8 * (3 * (128 + 96) + 1 * (10 + 32)))
-    assert device(edge=32).effort(visit, (3, 1, 5), 8, 128) == each._replace(calls=3)  # both whole ones are one call
+    assert device(edge=32).effort(visit, some, (3, 1, 5), 8, (range(128),)) == each._replace(calls=3)  # both whole ones are one call
+    window, band = ((PARTIAL, 0, 128, 0, 128),), (causal() & window_of(100),)
+    found = device(edge=32).effort(Visit(0, (range(128),), ((0, 128),), (window,)), band, (1,), 1, (range(128),))  # type: ignore[arg-type]
+    assert found == (1, 1, 4 * 32 * (32 + 64 + 96 + 128), 0, 256)  # of a square that a border cuts all
     assert device(attention=Effort(1, 10, 0, 0, 100)).seconds(Effort(1, 2, 3, 4, 5)) == 1 + 20 + 500
-    assert device().effort(Visit(0, (), (), ((),)), (1,), 8, 128) == NOTHING  # type: ignore[arg-type]
+    assert device().effort(Visit(0, (), (), ((),)), (causal(),), (1,), 8, (range(128),)) == NOTHING  # type: ignore[arg-type]
 
 
 def test_ranks_that_share_cores_end_one_after_another() -> None:
@@ -62,7 +67,7 @@ def test_one_rank_of_this_machine_is_measured() -> None:
     assert min(found.attention) >= 0 and found.attention.plain + found.attention.calls > 0
     assert link.seconds(1e6) < 1e-3  # nothing is sent
     plan = make_plan((causal(),), Layout.zigzag(600, 1), Layout.zigzag(600, 1), 0, "rotate")
-    assert 1e-6 < found.seconds(found.effort(plan.home, (4,), 16, 600)) < 1.0
+    assert 1e-6 < found.seconds(found.effort(plan.home, (causal(),), (4,), 16, (range(600),))) < 1.0
 
 
 def test_the_command_plans_for_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ringctx.core.pattern import FAR
 from ringctx.errors import ConfigError
 from ringctx.kernels import native
 from ringctx.kernels.base import Call, TileScores
@@ -260,15 +261,20 @@ def test_dtypes_and_kinds_of_cpus_share_a_home(monkeypatch: pytest.MonkeyPatch, 
     assert made[1] == made[3] and len({file for file, _ in made}) == 3
 
 
+ALL = (-FAR, FAR)
 TILES = {
-    "zigzag": (512, 512, ((True, 0, 256, 0, 256), (False, 256, 512, 0, 256), (True, 256, 512, 256, 512))),
+    "zigzag": (512, 512, ((-FAR, 0, 0, 256, 0, 256), (*ALL, 256, 512, 0, 256), (-FAR, 0, 256, 512, 256, 512))),
     "blocks of 32": (
         160,
         320,
-        tuple((False, a, a + 32, c, c + 32) for a in range(0, 160, 32) for c in range(0, 320, 32) if (a + 3 * c) % 5),
+        tuple((*ALL, a, a + 32, c, c + 32) for a in range(0, 160, 32) for c in range(0, 320, 32) if (a + 3 * c) % 5),
     ),
-    "odd ends": (333, 301, ((False, 0, 96, 288, 301), (False, 96, 333, 0, 64), (False, 320, 333, 256, 301), (True, 128, 160, 96, 128))),
-    "a row that sees nothing": (128, 128, ((True, 32, 64, 32, 64), (False, 96, 128, 0, 128))),
+    "odd ends": (333, 301, ((*ALL, 0, 96, 288, 301), (*ALL, 96, 333, 0, 64), (*ALL, 320, 333, 256, 301), (-FAR, -32, 128, 160, 96, 128))),
+    "a row that sees nothing": (128, 128, ((-FAR, 0, 32, 64, 32, 64), (*ALL, 96, 128, 0, 128))),
+    "window": (333, 333, ((-99, 0, 0, 333, 0, 333),)),
+    "least": (200, 200, ((-62, 0, 0, 200, 0, 200),)),
+    "ahead and behind": (210, 150, ((-40, 30, 0, 96, 0, 150), (-97, -3, 96, 210, 32, 128))),
+    "one border": (100, 170, ((41, FAR, 0, 100, 0, 170),)),
 }
 
 
@@ -279,8 +285,9 @@ def test_tiles_of_a_rectangle_in_one_call(unit: Unit, name: str, heads: tuple[in
     s, n, tiles = TILES[name]
     q, k, v, dout, dlse = drawn(unit.dtype, 2, s, n, *heads)
     seen = torch.zeros(s, n, dtype=torch.bool)
-    for is_causal, a, b, c, d in tiles:
-        seen[a:b, c:d] = torch.ones(b - a, d - c, dtype=torch.bool).tril() if is_causal else True
+    ahead = torch.arange(n) - torch.arange(s)[:, None]
+    for low, high, a, b, c, d in tiles:
+        seen[a:b, c:d] = ((ahead >= low) & (ahead <= high))[a:b, c:d]
     scores = TileScores(q.shape[3] ** -0.5)
     masked = replace(scores, mask=lambda: seen)
     out, lse = Native().forward(q, k, v, scores, tiles)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ringctx.core.lines import Lines
-from ringctx.core.pattern import CAUSAL, EMPTY, FULL, PARTIAL, Causal, Pattern, Verdict
+from ringctx.core.pattern import CAUSAL, EMPTY, FAR, FULL, PARTIAL, Causal, Pattern, Verdict
 from ringctx.core.rules import Chunks
 from ringctx.patterns import (
     band,
@@ -162,6 +162,30 @@ def test_judge_of_a_composition_is_sound(pattern):
 @pytest.mark.parametrize("pattern", STOCK + COMPOSED, ids=str)
 def test_judge_is_sound_on_any_steps(pattern):
     assert not list(wrong_verdicts(pattern, STEPPED + SPANS[::7], exact=False))
+
+
+def wrong_bands(pattern: Pattern, spans: list[range]) -> Iterator[str]:
+    for q, k in itertools.product(spans, spans):
+        band = pattern.band(q, k)
+        if band is None:
+            continue
+        i, j = torch.tensor(q), torch.tensor(k)
+        ahead = j - i[:, None]
+        if not bool((((ahead >= band[0]) & (ahead <= band[1])) == pattern.allows(i, j)).all()):
+            yield f"{q} x {k}: said {band}"
+
+
+@pytest.mark.parametrize("pattern", STOCK + COMPOSED, ids=str)
+def test_a_band_is_what_is_seen(pattern):
+    assert not list(wrong_bands(pattern, SPANS[::5] + STEPPED))
+
+
+def test_patterns_that_are_bands_say_so():
+    q, k = range(40, 90), range(20, 80)
+    assert (causal() & window(30)).band(q, k) == band(-29, 0).band(q, k) == (-29, 0)
+    assert (causal() & (sinks(4) | window(30))).band(q, k) == (-29, 0) and (causal() & (sinks(4) | window(30))).band(q, range(60)) is None
+    assert (sinks(99) | window(30)).band(q, k) == full().band(q, k) == (-FAR, FAR)
+    assert list(wrong_bands(causal() | sinks(9), SPANS[::9])) == [] and (~causal()).band(q, k) is None
 
 
 def test_the_audit_sees_a_causal_judge_that_is_off_by_one():

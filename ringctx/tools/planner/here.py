@@ -48,7 +48,7 @@ LARGEST = 32_768
 """Tokens of a sample for memory, at most: large blocks are not kept where small ones are."""
 LAYERS = 6
 """Of the model with random weights, at most."""
-MASKED = Attention(causal() & window(97))
+MASKED = Attention(causal() & window(31))
 """What masked tiles are measured with where nothing asked for has any."""
 SMALL, LARGE = 1 << 10, 8 << 20
 """Bytes of the messages that are timed."""
@@ -151,7 +151,7 @@ class Here:
     def _effort(self, known: Device, attention: Attention, layout: Layout) -> Effort:
         patterns, heads = parts_of(attention, self.shapes.heads)
         plan = make_plan(patterns, layout, self._keys_of(layout), 0, "rotate")
-        return known.effort(plan.home, heads, self.shapes.width, plan.num_queries)
+        return known.effort(plan.home, patterns, heads, self.shapes.width, layout.spans[0])
 
     def _attends(self, attention: Attention, layout: Layout) -> Callable[[], object]:
         keys, s, lone = self._keys_of(layout), self.shapes, Ring.alone()

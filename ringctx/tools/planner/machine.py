@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ringctx.core.pattern import PARTIAL
+from ringctx.core.layout import Ranges
+from ringctx.core.pattern import PARTIAL, Pattern
 from ringctx.core.plan import Visit
 from ringctx.core.tiles import area
-from ringctx.core.tiles import width as length
 from ringctx.core.together import joined
 from ringctx.errors import ConfigError
 from ringctx.tools.planner.simulate import Link
@@ -54,16 +54,19 @@ class Device:
     activations: float | None = None
     source: str = ""
 
-    def effort(self, visit: Visit, heads: Sequence[int], width: int, num_queries: int) -> Effort:
-        """heads: of each head group of the visit's tiles; width: of a head."""
+    def effort(self, visit: Visit, patterns: Sequence[Pattern], heads: Sequence[int], width: int, queries: Ranges) -> Effort:
+        """patterns, heads: of each head group of the visit's tiles; width: of a head."""
         calls, plain, masked, numbers = 0, 0, 0, 0
-        for rows, count in zip(visit.tiles, heads, strict=True):
+        for rows, pattern, count in zip(visit.tiles, patterns, heads, strict=True):
             if not rows:
                 continue
-            several, rest = (None, rows) if self.edge is None else joined(rows, self.edge, num_queries, length(visit.spans))
+            several, rest, pairs = None, rows, 0
+            if self.edge is not None:
+                several, rest = joined(pattern, queries, visit.ranges, rows, self.edge)
+                pairs = several.pairs(self.edge) if several is not None else 0
             calls += len(rest) + (several is not None)
-            hidden = area(tuple(tile for tile in rows if tile[0] == PARTIAL))
-            plain, masked = plain + count * (area(rows) - hidden), masked + count * hidden
+            hidden = area(tuple(tile for tile in rest if tile[0] == PARTIAL))
+            plain, masked = plain + count * (pairs + area(rest) - hidden), masked + count * hidden
             numbers += count * (max(t[2] for t in rows) - min(t[1] for t in rows) + max(t[4] for t in rows) - min(t[3] for t in rows))
         return Effort(float(calls > 0), calls, 4.0 * width * plain, 4.0 * width * masked, float(width * numbers))
 

@@ -121,7 +121,7 @@ def _option(shapes: Shapes, layers: Mapping[Attention, int], asked: Asked, name:
     for attention, count in layers.items():
         patterns, heads = parts_of(attention, shapes.heads)
         plans = [make_plan(patterns, layout, layout, rank, transport, asked.nodes) for rank in range(asked.ranks)]
-        times = forward(plans, _costs(shapes, asked, heads, plans))
+        times = forward(plans, _costs(shapes, asked, layout, patterns, heads))
         total["attention"] += count * (asked.device.call + asked.device.shared(times.computing))
         total["exposed"] += count * (times.total - max(times.computing))
         total["bytes"] += count * sum(plan.tokens_sent for plan in plans) * shapes.values_a_token * asked.device.item
@@ -150,11 +150,11 @@ def _pairs(plan: Plan, heads: Sequence[int]) -> int:
     return sum(area(rows) * count for visit in visits for rows, count in zip(visit.tiles, heads, strict=True))
 
 
-def _costs(shapes: Shapes, asked: Asked, heads: Sequence[int], plans: Sequence[Plan]) -> Costs:
+def _costs(shapes: Shapes, asked: Asked, layout: Layout, patterns: Sequence[Pattern], heads: Sequence[int]) -> Costs:
     device = asked.device
 
     def work(rank: int, visit: Visit) -> float:
-        effort = device.effort(visit, heads, shapes.width, plans[rank].num_queries)
+        effort = device.effort(visit, patterns, heads, shapes.width, layout.spans[rank])
         spread = 1 / asked.tensor
         return device.seconds(effort._replace(plain=spread * effort.plain, masked=spread * effort.masked, numbers=spread * effort.numbers))
 
