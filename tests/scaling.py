@@ -27,26 +27,24 @@ COLUMNS = f"""| ranks | window {WINDOW:,}, as many tokens a rank: ns a pair | ea
 |---|---|---|---|"""
 
 
-def call(ring: Ring, layout: Layout, attention: Attention, dtype: torch.dtype) -> None:
-    """Forward and backward of this rank's share of normal numbers."""
-    make = torch.Generator().manual_seed(ring.rank)
-    *x, dout = (torch.randn(1, layout.count(ring.rank), HEADS, WIDTH, generator=make).to(dtype) for _ in range(4))
-    x = [one.requires_grad_() for one in x]
-    out = ring_attention(*x, ring=ring, layout=layout, attention=attention)
-    torch.autograd.grad(out, x, dout)
-
-
 def processor_seconds(ring: Ring, tokens: int, window: int, dtype: str, alone: bool) -> float:
-    """Of this rank's second call, in the layout that suits the pattern; alone: as a ring of one."""
+    """Of this rank's call, forward and backward, in the layout that suits the pattern, the median of three after a first one; alone: as a
+    ring of one."""
     torch.set_num_threads(1)
     keep_freed_memory()
     ring = Ring.alone() if alone else ring
     attention = Attention(p.causal() & p.window(window) if window else p.causal())
     layout = Layout.contiguous(tokens, ring.size) if window else Layout.zigzag(tokens, ring.size)
-    for _ in range(2):
+    make = torch.Generator().manual_seed(ring.rank)
+    *x, dout = (torch.randn(1, layout.count(ring.rank), HEADS, WIDTH, generator=make).to(getattr(torch, dtype)) for _ in range(4))
+    x = [one.requires_grad_() for one in x]
+    found = []
+    for _ in range(4):
         began = time.process_time()
-        call(ring, layout, attention, getattr(torch, dtype))
-    return time.process_time() - began
+        out = ring_attention(*x, ring=ring, layout=layout, attention=attention)
+        torch.autograd.grad(out, x, dout)
+        found.append(time.process_time() - began)
+    return statistics.median(found[1:])
 
 
 def extra_memory(ring: Ring, tokens: int, dtype: str) -> float:

@@ -1,5 +1,7 @@
-"""`python -m tests.sparse`: what sparse patterns cost, as Markdown. Times against density times the dense call's, on one rank and thread;
-then, without computing anything, balance over ranks, and what is sent against what anybody needs.
+"""`python -m tests.sparse`: what sparse patterns cost, as Markdown. Times against density times the dense call's, on one rank and thread:
+of the whole call, its density with the diagonal's blocks, which are always there; and of what it takes more than the diagonal alone,
+which holds what a token costs whatever is seen. Then, without computing anything, balance over ranks, and what is sent against what anybody
+needs.
 """
 
 from __future__ import annotations
@@ -64,17 +66,23 @@ def by_density(tokens: int, side: int, dtype: torch.dtype, rounds: int, heads: i
     make = torch.Generator().manual_seed(SEED)
     *x, dout = (torch.randn(1, tokens, heads, width, generator=make).to(dtype) for _ in range(4))
     x = [one.requires_grad_() for one in x]
-    patterns = {"dense": p.causal()} | {f"{share:.0%}": random_blocks(tokens, side, share) for share in SHARES}
+    shares = dict(zip((f"{share:.0%}" for share in SHARES), SHARES, strict=True)) | {"diagonal": 0.0}
+    patterns = {"dense": p.causal()} | {name: random_blocks(tokens, side, share) for name, share in shares.items()}
     found: dict[str, list[Times]] = {name: [] for name in patterns}
     for _ in range(rounds + 1):
         for name, pattern in patterns.items():
             found[name].append(timed(x, dout, pattern))
     times = {name: [statistics.median(t[n] for t in some[1:]) for n in (0, 1)] for name, some in found.items()}
     yield f"{tokens:,} tokens, blocks of {side}, {str(dtype)[6:]}: dense {1000 * times['dense'][0]:.0f} + {1000 * times['dense'][1]:.0f} ms"
-    for name, share in zip(list(patterns)[1:], SHARES, strict=True):
-        share = density(drawn(tokens, side, share))
-        ratios = [times[name][n] / times["dense"][n] / share for n in (0, 1)] + [sum(times[name]) / sum(times["dense"]) / share]
-        yield f"| {name} | {share:.3f} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |"
+    times = {name: [*ways, sum(ways)] for name, ways in times.items()}
+    least = density(drawn(tokens, side, 0.0))
+    for name, share in shares.items():
+        found = density(drawn(tokens, side, share))
+        ratios = [mine / dense / found for mine, dense in zip(times[name], times["dense"], strict=True)]
+        cells = [f"{found:.3f}", *(f"{ratio:.2f}" for ratio in ratios)]
+        for mine, dense, diagonal in zip(times[name], times["dense"], times["diagonal"], strict=True):
+            cells.append(f"{(mine - diagonal) / dense / (found - least):.2f}" if share else "")
+        yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def balance(tokens: int, ranks: int) -> Iterator[str]:
@@ -110,7 +118,8 @@ def needs_of(pattern: Pattern, layout: Layout, rank: int) -> int:
     return int(seen.sum())
 
 
-TIMES = "| blocks | density | forward over density x dense | backward | both |\n|---|---|---|---|---|"
+TIMES = """| blocks | density | forward over density x dense | backward | both | without the diagonal: forward | backward | both |
+|---|---|---|---|---|---|---|---|"""
 BALANCE = "| pattern | busiest over mean, zigzag | balanced | keys sent | keys needed |\n|---|---|---|---|---|"
 
 

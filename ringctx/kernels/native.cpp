@@ -57,8 +57,7 @@ constexpr int IN_LANE = 4 / sizeof(Number), IN_VECTOR = 16 * IN_LANE;
 
 // Numbers, of no value at first, that begin at a multiple of 64 bytes.
 template <typename T> struct Numbers {
-    size_t size;
-    T *at;
+    size_t size; T *at;
     explicit Numbers(int64_t count) : size(count), at((T *)std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64)) {}
     Numbers(const Numbers &) = delete;
     ~Numbers() { std::free(at); }
@@ -67,8 +66,7 @@ template <typename T> struct Numbers {
 
 // A tensor (b s h d) as it lies in memory, in numbers, or nowhere; its last dim is contiguous.
 template <typename T> struct View {
-    const T *at;
-    int64_t b, s, h;
+    const T *at; int64_t b, s, h;
     View(const T *at, const int64_t *strides) : at(at), b(strides[0]), s(strides[1]), h(strides[2]) {}
     const T *row(int64_t i, int64_t j, int64_t k) const { return at ? at + i * b + j * s + k * h : nullptr; }
 };
@@ -255,10 +253,9 @@ struct Rows {
 // Blocks of keys that one block of queries sees, out of some neighbours. lanes: of each, the keys there are.
 struct Met {
     int count = 0;
-    int64_t block[KEYS];
-    uint32_t lanes[KEYS];
-    uint8_t seen[KEYS];
     bool whole = true;  // no key of them is hidden
+    int64_t block[KEYS];
+    uint32_t lanes[KEYS], seen[KEYS];
     Met() {}
     Met(const Shape &of, int64_t query, int64_t first) {
         for (int64_t key = first; key < std::min(first + of.keys_at_once(), blocks_of(of.n)); key++) {
@@ -562,22 +559,25 @@ extern "C" void ringctx_forward(const Number *q, const Number *k, const Number *
     const Shape of = shape(sizes, scale, grid, {bias, strides + 9});
     const Tensor q_(q, strides), k_(k, strides + 3), v_(v, strides + 6);
     const int64_t rows = blocks_of(of.n) * EDGE, runs = (blocks_of(of.s) + QUERIES - 1) / QUERIES;
-    Numbers<Number> keys(of.b * of.g * rows * of.d), values(of.b * of.g * rows * of.e);
+    const int64_t share = of.h / of.g, some = std::min<int64_t>(threads, of.b * of.g);  // key heads at once, whose keys stay in the cache
+    Numbers<Number> keys(some * rows * of.d), values(some * rows * of.e);
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for
-        for (int64_t i = 0; i < of.b * of.g; i++) {
-            pack(paired_transpose, keys.at + i * rows * of.d, k_, i / of.g, i % of.g, of.n, of.d, 0, blocks_of(of.n));
-            pack(paired, values.at + i * rows * of.e, v_, i / of.g, i % of.g, of.n, of.e, 0, blocks_of(of.n));
-        }
         const Registers registers;
         const std::unique_ptr<Forward> at(new Forward);
+        for (int64_t begin = 0, end = some; begin < of.b * of.g; begin = end, end = std::min(end + some, of.b * of.g)) {
+#pragma omp for
+            for (int64_t i = begin; i < end; i++) {
+                pack(paired_transpose, keys.at + (i - begin) * rows * of.d, k_, i / of.g, i % of.g, of.n, of.d, 0, blocks_of(of.n));
+                pack(paired, values.at + (i - begin) * rows * of.e, v_, i / of.g, i % of.g, of.n, of.e, 0, blocks_of(of.n));
+            }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < of.b * of.h * runs; i++) {
-            const int64_t b = i / runs / of.h, h = i / runs % of.h, head = b * of.g + h / (of.h / of.g);
-            const int64_t first = (runs - 1 - i % runs) * QUERIES, last = std::min(first + QUERIES, blocks_of(of.s));  // long rows first
-            attend(*at, of, q_, keys.at + head * rows * of.d, values.at + head * rows * of.e, b, h, first, last);
-            for (int64_t u = first; u < last; u++) finish(at->rows[u - first], of, b, h, u, out, lse);
+            for (int64_t i = begin * share * runs; i < end * share * runs; i++) {
+                const int64_t b = i / runs / of.h, h = i / runs % of.h, head = i / runs / share - begin;
+                const int64_t first = (runs - 1 - i % runs) * QUERIES, last = std::min(first + QUERIES, blocks_of(of.s));  // long rows first
+                attend(*at, of, q_, keys.at + head * rows * of.d, values.at + head * rows * of.e, b, h, first, last);
+                for (int64_t u = first; u < last; u++) finish(at->rows[u - first], of, b, h, u, out, lse);
+            }
         }
     }
 }
