@@ -58,7 +58,8 @@ def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep blocks of megabytes that are freed, up to 2 GiB, for the next ones; without glibc, nothing.
 
     Activations are such blocks. By default many of them are fetched from the system anew and cleared page by page: up to 6 times as
-    many page faults, and up to 8 % of the time of reading a text on one thread. Of 32 MiB and more it does so with all, unless it may map none.
+    many page faults, and up to 8 % of the time of reading a text on one thread. Whatever else it is told, it does so with blocks of
+    32 MiB and more unless it may map none.
     """
     _tell_malloc((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, MOST_FREED))
 
