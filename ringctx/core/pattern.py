@@ -159,8 +159,10 @@ class And(Pair):
         return max(left, right)  # FULL gives way to the other verdict, and PARTIAL to none
 
     def band(self, q: range, k: range) -> tuple[int, int] | None:
-        left, right = self.left.band(q, k), self.right.band(q, k)
-        return None if left is None or right is None else (max(left[0], right[0]), min(left[1], right[1]))
+        left = self.left.band(q, k)
+        if left is None or (right := self.right.band(q, k)) is None:
+            return None
+        return max(left[0], right[0]), min(left[1], right[1])
 
     def __str__(self) -> str:
         return " & ".join(f"({part})" if isinstance(part, Or) else f"{part}" for part in (self.left, self.right))
