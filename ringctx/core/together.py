@@ -22,18 +22,20 @@ if TYPE_CHECKING:
 
 
 class Rectangle(NamedTuple):
-    """queries, keys: first and end. tiles: as a kernel takes them, from the rectangle's corner on."""
+    """queries, keys: first and end. tiles: as a kernel of this edge takes them, from the rectangle's corner on."""
 
     queries: tuple[int, int]
     keys: tuple[int, int]
     tiles: tuple[Banded, ...]
+    edge: int
 
-    def pairs(self, edge: int) -> int:
-        """Query-key pairs that a kernel of this edge computes, which takes as many queries at once."""
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that the kernel computes, which takes as many queries at once as its edge."""
         return sum(
-            min(edge, b - i) * max(0, min(d, i + edge + high) - max(c, i + low))
+            min(self.edge, b - i) * max(0, min(d, i + self.edge + high) - max(c, i + low))
             for low, high, a, b, c, d in self.tiles
-            for i in range(a, b, edge)
+            for i in range(a, b, self.edge)
         )
 
 
@@ -63,7 +65,7 @@ def joined(pattern: Pattern, queries: Ranges, keys: Ranges, rows: tuple[Tile, ..
     if ends[0] - x < edge or 2 * sum(t[4] - t[3] for t in some) < ends[1] - y:
         return None, rows
     moved = ((*(_moved(bound, x - y) for bound in band), a - x, b - x, c - y, d - y) for (_, a, b, c, d), band in found)
-    return Rectangle((x, ends[0]), (y, ends[1]), tuple(moved)), tuple(rest)  # type: ignore[arg-type]
+    return Rectangle((x, ends[0]), (y, ends[1]), tuple(moved), edge), tuple(rest)  # type: ignore[arg-type]
 
 
 def _band(pattern: Pattern, tile: Tile, queries: Line, keys: Line, least: int) -> tuple[int, int] | None:

@@ -127,10 +127,10 @@ def _marked(tiles: tuple[Tile, ...], num_queries: int, num_keys: int) -> Tensor:
     """Of each block of queries and of keys, what is seen, as native.cpp has it; then of each SQUARE x SQUARE of them whether anything is.
     Kept, since a model's layers ask alike."""
     grid = torch.zeros(num_queries, num_keys, dtype=torch.uint8)
-    apart = EDGE * (torch.arange(num_keys) - torch.arange(num_queries)[:, None])  # from a block's first query to its first key
     for low, high, *borders in tiles:
         a, b, c, d = (-(-border // EDGE) for border in borders)
-        grid[a:b, c:d] = _seen(apart[a:b, c:d], low, high)
+        apart = EDGE * torch.arange(c - b + 1, d - a)  # from a block's first query to its first key, which is all that counts
+        grid[a:b, c:d] = _seen(apart, low, high).to(grid.dtype).unfold(0, d - c, 1).flip(0)
     squares = torch.nn.functional.pad(grid, (0, -num_keys % SQUARE, 0, -num_queries % SQUARE)) > 0
     squares = squares.unflatten(0, (-1, SQUARE)).unflatten(2, (-1, SQUARE)).any(3).any(1)
     return torch.cat([grid.flatten(), squares.flatten().to(grid.dtype)])

@@ -136,8 +136,8 @@ TRAVEL = (
     Mutation(
         "beside_the_rectangle",
         CORE + "together.py",
-        "tuple(moved)), tuple(rest)",
-        "tuple(moved)), ()",
+        "tuple(moved), edge), tuple(rest)",
+        "tuple(moved), edge), ()",
         "tiles that do not fit a kernel's call of many are forgotten",
         unit("together", "test_the_rectangle_holds_what_fits_and_the_rest_remains"),
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -169,6 +171,24 @@ def test_freed_memory_is_let_go_after_some_layers_of_many_tokens(monkeypatch, nu
         for _ in range(context_module.TRIM_EVERY):
             context.attend(0, q[:, :1], k[:, :1], v[:, :1], Attention())
     assert len(trimmed) == times
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another malloc than glibc's")
+@pytest.mark.parametrize("megabytes", [8, 64])
+@pytest.mark.parametrize("way", ["keep", "return"])
+def test_freed_memory_is_kept_or_returned_as_told(way, megabytes):
+    """In a process of its own, since what is kept once is used again whatever malloc is told later."""
+    code = f"""
+import torch
+from ringctx import device
+device.{way}_freed_memory()
+some = [torch.ones({megabytes} << 18) for _ in range(3)]
+held = device.held_memory(torch.device("cpu"))
+del some
+print(held - device.held_memory(torch.device("cpu")))
+"""
+    let_go = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert let_go < 1 << 20 if way == "keep" else let_go > (3 * megabytes << 20) * 0.9
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another malloc than glibc's")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -276,6 +278,21 @@ TILES = {
     "ahead and behind": (210, 150, ((-40, 30, 0, 96, 0, 150), (-97, -3, 96, 210, 32, 128))),
     "one border": (100, 170, ((41, FAR, 0, 100, 0, 170),)),
 }
+
+
+def test_what_blocks_see_takes_no_memory_but_their_own() -> None:
+    """A rank of 262,144 tokens: 67 million blocks, a byte each, and a few of them more while they are marked."""
+    n = 262_144 // 32
+    code = f"""
+import resource
+from ringctx.kernels.native import _marked
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+found = _marked(((-4095, 0, 0, {32 * n}, 0, {32 * n}),), {n}, {n})
+print(found.numel(), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    numbers, taken = map(int, done.stdout.split())
+    assert numbers == n * n + n * n // 16 and taken < 4.5 * numbers
 
 
 @HERE

@@ -28,14 +28,14 @@ def test_the_rectangle_holds_what_fits_and_the_rest_remains():
     found, rest = together(p.causal() & p.dilated(2), (*ZIGZAG, masked), 128, 128)
     assert found is not None and (found.queries, found.keys) == ((0, 128), (0, 128)) and rest == (masked,)
     assert found.tiles == ((-FAR, 0, 0, 64, 0, 64), (*ALL, 64, 128, 0, 64), (-FAR, 0, 64, 128, 64, 128))
-    assert found.pairs(32) == 3 * 32 * 32 * 2 + 64 * 64
+    assert found.pairs == 3 * 32 * 32 * 2 + 64 * 64
 
 
 def test_a_rectangle_begins_at_its_own_corner():
     rows = ((FULL, 64, 96, 96, 128), (FULL, 96, 101, 160, 165), (PARTIAL, 64, 96, 128, 160))  # the last borders are the tensors' ends
     found, rest = together(p.band(10, 80), rows, 101, 165)
     moved = ((*ALL, 0, 32, 0, 32), (*ALL, 32, 37, 64, 69), (10 - 32, 80 - 32, 0, 32, 32, 64))
-    assert found == ((64, 101), (96, 165), moved) and rest == ()
+    assert found == ((64, 101), (96, 165), moved, 32) and rest == ()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_masked_tile_is_a_band_where_its_pattern_is_one_wide_enough_for_a_squa
     if band is None:
         assert found is None and rest == (tile,)
     else:
-        assert found == ((128, 192), (64, 192), ((band[0] + 64, band[1] + 64, 0, 64, 0, 128),)) and rest == ()
+        assert found == ((128, 192), (64, 192), ((band[0] + 64, band[1] + 64, 0, 64, 0, 128),), 32) and rest == ()
 
 
 @pytest.mark.parametrize("pattern", [p.causal() & p.window(301), p.band(-400, 211), p.causal()], ids=str)

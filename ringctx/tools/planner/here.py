@@ -49,7 +49,7 @@ LARGEST = 32_768
 LAYERS = 6
 """Of the model with random weights, at most."""
 MASKED = Attention(causal() & window(31))
-"""What masked tiles are measured with where nothing asked for has any."""
+"""What masked tiles are measured with where nothing asked for has any: a window too narrow to be a band for a kernel."""
 SMALL, LARGE = 1 << 10, 8 << 20
 """Bytes of the messages that are timed."""
 

@@ -60,13 +60,11 @@ class Device:
         for rows, pattern, count in zip(visit.tiles, patterns, heads, strict=True):
             if not rows:
                 continue
-            several, rest, pairs = None, rows, 0
-            if self.edge is not None:
-                several, rest = joined(pattern, queries, visit.ranges, rows, self.edge)
-                pairs = several.pairs(self.edge) if several is not None else 0
-            calls += len(rest) + (several is not None)
+            several, rest = (None, rows) if self.edge is None else joined(pattern, queries, visit.ranges, rows, self.edge)
+            if several is not None:
+                calls, plain = calls + 1, plain + count * several.pairs
             hidden = area(tuple(tile for tile in rest if tile[0] == PARTIAL))
-            plain, masked = plain + count * (pairs + area(rest) - hidden), masked + count * hidden
+            calls, plain, masked = calls + len(rest), plain + count * (area(rest) - hidden), masked + count * hidden
             numbers += count * (max(t[2] for t in rows) - min(t[1] for t in rows) + max(t[4] for t in rows) - min(t[3] for t in rows))
         return Effort(float(calls > 0), calls, 4.0 * width * plain, 4.0 * width * masked, float(width * numbers))
 
