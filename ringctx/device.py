@@ -68,7 +68,7 @@ def return_freed_memory() -> None:
     """Tell glibc's malloc to give blocks of 4 MiB or more back to the system when they are freed; without glibc, nothing.
 
     By default it keeps most of them, in between those that live from a forward to its backward: measured, half of a rank's memory
-    while layers are computed again. Costs up to 8 % of a step's time in page faults. What `keep_freed_memory` has kept before is used again.
+    while layers are computed again. Costs up to 8 % of a step's time in page faults. What `keep_freed_memory` kept before is used again.
     """
     _tell_malloc((M_MMAP_MAX, MOST_MAPPED), (M_MMAP_THRESHOLD, RETURNED_FROM))
 
