@@ -13,10 +13,10 @@ import torch
 from ringctx.config import ModelConfig
 from ringctx.errors import ConfigError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """What mallopt(3) calls them in malloc.h."""
-MOST_FREED, MOST_MAPPED = (2 << 30) - 1, 65536
-"""Bytes, the most that glibc takes; and blocks, what it has by default."""
+MAPPED_FROM, MOST_FREED = 32 << 20, (2 << 30) - 1
+"""Bytes: the largest that glibc takes for each."""
 RETURNED_FROM = 4 << 20
 """Bytes of a block that is worth its page faults."""
 
@@ -58,19 +58,18 @@ def keep_freed_memory() -> None:
     """Tell glibc's malloc to keep blocks of megabytes that are freed, up to 2 GiB, for the next ones; without glibc, nothing.
 
     Activations are such blocks. By default many of them are fetched from the system anew and cleared page by page: up to 6 times as
-    many page faults, and up to 8 % of the time of reading a text on one thread. Whatever else it is told, it does so with blocks of
-    32 MiB and more unless it may map none.
+    many page faults, and up to 8 % of the time of reading a text on one thread.
     """
-    _tell_malloc((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, MOST_FREED))
+    _tell_malloc((M_MMAP_THRESHOLD, MAPPED_FROM), (M_TRIM_THRESHOLD, MOST_FREED))
 
 
 def return_freed_memory() -> None:
     """Tell glibc's malloc to give blocks of 4 MiB or more back to the system when they are freed; without glibc, nothing.
 
     By default it keeps most of them, in between those that live from a forward to its backward: measured, half of a rank's memory
-    while layers are computed again. Costs up to 8 % of a step's time in page faults. What `keep_freed_memory` kept before is used again.
+    while layers are computed again. Costs up to 8 % of a step's time in page faults.
     """
-    _tell_malloc((M_MMAP_MAX, MOST_MAPPED), (M_MMAP_THRESHOLD, RETURNED_FROM))
+    _tell_malloc((M_MMAP_THRESHOLD, RETURNED_FROM))
 
 
 def trim_freed_memory() -> None:
