@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ringctx.core.plan import Visit, make_plan
 from ringctx.patterns import causal, dilated
 from ringctx.patterns import window as window_of
 from ringctx.tools.planner import Here
-from ringctx.tools.planner.here import fitted
+from ringctx.tools.planner.here import DEEP, FEW, fitted
 from ringctx.tools.planner.machine import Device, Effort
 from ringctx.tools.shapes import Shapes
 
@@ -68,6 +69,20 @@ def test_one_rank_of_this_machine_is_measured() -> None:
     assert link.seconds(1e6) < 1e-3  # nothing is sent
     plan = make_plan((causal(),), Layout.zigzag(600, 1), Layout.zigzag(600, 1), 0, "rotate")
     assert 1e-6 < found.seconds(found.effort(plan.home, (causal(),), (4,), 16, (range(600),))) < 1.0
+
+
+@pytest.mark.parametrize("tokens", [DEEP - 1, DEEP])
+def test_queries_after_many_keys_are_measured_where_there_are_as_many(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, attends = [], Here._attends
+
+    def spy(self: Here, attention: Attention, layout: Layout) -> Callable[[], object]:
+        measured.append((layout.count(0), self._keys_of(layout).count(0)))
+        return attends(self, attention, layout)
+
+    monkeypatch.setattr(Here, "_attends", spy)
+    Here(Ring.alone(), SMALL, torch.device("cpu"), torch.float32).measure([], tokens)
+    assert ((FEW, DEEP) in measured) == (tokens == DEEP)
+    assert {(2048, 2048), (4096, 4096)} < set(measured)
 
 
 def test_the_command_plans_for_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,8 @@ from ringctx.training.model import llama
 ROUNDS = 5
 LONG, MOST = 2048, 4096
 """Tokens of a sample: of the longest at least, and at most."""
+FEW, DEEP = 1024, 8192
+"""Queries, and the keys before them, of a sample whose keys no longer fit a core's cache."""
 LARGEST = 32_768
 """Tokens of a sample for memory, at most: large blocks are not kept where small ones are."""
 LAYERS = 6
@@ -83,7 +85,7 @@ class Here:
         rest = self._rest(own)
         edge = self._edge()
         known = Device(name="", memory=0, attention=Effort(0, 0, 0, 0, 0), linear=0, edge=edge)
-        attention = self._attention(known, [Attention(), *attentions], own)
+        attention = self._attention(known, [Attention(), *attentions], own, tokens)
         link, hidden = self._link()
         device = Device(
             name=f"a rank here, of {self.ring.size}", memory=self._memory(), attention=attention,
@@ -134,18 +136,19 @@ class Here:
 
         return read
 
-    def _attention(self, known: Device, attentions: Sequence[Attention], own: int) -> Effort:
+    def _attention(self, known: Device, attentions: Sequence[Attention], own: int, tokens: int) -> Effort:
         """Seconds of each part of an effort, such that they tell those of these attentions at some lengths best."""
         efforts, seconds = [], []
         if not any(self._effort(known, attention, Layout.contiguous(LONG, 1)).masked for attention in attentions):
             attentions = [*attentions, MASKED]
         longest = max(own, LONG)  # among short ones products do not show beside what is touched
+        samples = [(Attention(), Layout.contiguous(FEW, 1).shifted(DEEP))] * (tokens >= DEEP)
         for n in sorted({min(longest, n) for n in (128, 512, LONG, MOST)}):
-            layouts = [(attention, Layout.contiguous(n, 1)) for attention in dict.fromkeys(attentions)]
-            layouts += [(Attention(), Layout.contiguous(n, 1).shifted(n))] * (n < longest)
-            for attention, layout in layouts:
-                efforts.append(self._effort(known, attention, layout))
-                seconds.append(self._seconds(self._attends(attention, layout)))
+            samples += [(attention, Layout.contiguous(n, 1)) for attention in dict.fromkeys(attentions)]
+            samples += [(Attention(), Layout.contiguous(n, 1).shifted(n))] * (n < longest)
+        for attention, layout in samples:
+            efforts.append(self._effort(known, attention, layout))
+            seconds.append(self._seconds(self._attends(attention, layout)))
         return Effort(*fitted(efforts, seconds))
 
     def _effort(self, known: Device, attention: Attention, layout: Layout) -> Effort:
@@ -163,7 +166,7 @@ class Here:
     def _keys_of(self, layout: Layout) -> Layout:
         """The keys before these queries where they begin later, else their own."""
         n = layout.count(0)
-        return Layout.contiguous(n, 1) if layout.length > n else layout
+        return Layout.contiguous(layout.length - n, 1) if layout.length > n else layout
 
     def _slow(self, own: int) -> tuple[float, ...]:
         """Of a call while 1, 2, … ranks compute, its time over that while all do."""
